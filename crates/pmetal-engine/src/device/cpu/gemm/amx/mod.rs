@@ -1,0 +1,319 @@
+//! Products in bf16 by a matrix unit, which multiplies so fast that packing and memory decide: left panels are packed
+//! once (or read where they are), right panels by the task that multiplies them if each is needed by one task alone.
+
+mod pack;
+#[cfg(test)]
+mod tests;
+mod tiles;
+
+use std::marker::PhantomData;
+use std::ops::Range;
+
+use super::Product;
+use super::blocked::Call;
+use super::buffer::{Buffer, Workspace, with_thread_tile};
+use super::epilogue::Output;
+use super::kernel::Sums;
+use super::matrix::Elements;
+use super::tasks::{Next, Shared, for_each_index};
+use pack::{Order, STEP_PAIRS};
+pub(super) use tiles::{Amx, is_permitted};
+use tiles::{Left, SIDE, STEP, Tiles};
+
+/// Steps of K that are summed without a break if they are all.
+const ALL_STEPS: usize = 96;
+/// Steps of K at a time otherwise.
+const CHUNK_STEPS: usize = 64;
+/// Pairs of one packed operand at a time (8 MiB).
+const CHUNK_PAIRS: usize = 2 << 20;
+/// Sums that wait for the next chunk of K (8 MiB).
+const CHUNK_SUMS: usize = 2 << 20;
+/// Pairs of the left operand that a task multiplies over and over (1 MiB), and of the right one (256 KiB): half of the
+/// second-level cache.
+const TASK_LEFT_PAIRS: usize = 1 << 18;
+const TASK_RIGHT_PAIRS: usize = 1 << 16;
+/// Rows of a task at most.
+const TASK_ROWS: usize = 512;
+/// Columns up to which a left operand of bf16 is not packed.
+const THIN_COLUMNS: usize = 64;
+/// Multiply-adds below which waking other threads costs more than it gains.
+const SERIAL_WORK: usize = 1 << 20;
+
+/// One chunk: the ranges of M, N and the steps of K that are multiplied at present.
+struct Chunk {
+    m: Range<usize>,
+    n: Range<usize>,
+    steps: Range<usize>,
+    /// Whether these are the first and the last of K.
+    first: bool,
+    last: bool,
+}
+
+/// Computes the call.
+///
+/// The caller chose tiles that this processor can run.
+pub(super) fn run<T: Tiles>(call: Call<'_, '_>) {
+    let Call { products, mut out, epilogue, workspace, threads } = call;
+    let (m, n) = (out.rows, out.columns);
+    let steps = products.iter().map(|product| product.left.columns.div_ceil(STEP)).sum::<usize>();
+    let output = Output::new(T::LEVEL, &mut out, epilogue);
+    if steps == 0 {
+        let zeros = vec![0.0f32; n];
+        // SAFETY: these are all rows and columns of the output, and no task runs.
+        unsafe { output.finish(0..m, 0..n, zeros.as_ptr(), 0) };
+        return;
+    }
+    let threads = if m.saturating_mul(n).saturating_mul(steps * STEP) < SERIAL_WORK { 1 } else { threads };
+    let in_place = left_in_place(products, n);
+    let chunk_steps = if steps <= ALL_STEPS { steps } else { CHUNK_STEPS };
+    let lanes = (CHUNK_PAIRS / (chunk_steps * STEP_PAIRS)).max(1) * SIDE;
+    let chunk_m = m.min(if in_place.is_some() { CHUNK_SUMS / THIN_COLUMNS } else { lanes });
+    let task_rows = panels_within(TASK_LEFT_PAIRS, chunk_steps).min(TASK_ROWS);
+    // A right panel that one task alone needs is packed by that task, and never leaves its cache.
+    let pack_by_task = chunk_m <= TASK_ROWS;
+    let mut chunk_n = if pack_by_task { n } else { n.min(lanes) };
+    if chunk_steps < steps {
+        chunk_n = chunk_n.min((CHUNK_SUMS / chunk_m.next_multiple_of(SIDE)).max(SIDE) / SIDE * SIDE);
+    }
+    let Workspace { left, right, totals, tile } = workspace;
+    let packed = |lanes: usize| lanes.div_ceil(SIDE) * chunk_steps * STEP_PAIRS;
+    let left = left.elements::<u32>(packed(if in_place.is_some() { 1 } else { chunk_m }));
+    let right = right.elements::<u32>(if pack_by_task { 0 } else { packed(chunk_n) });
+    let totals_stride = chunk_n.next_multiple_of(SIDE);
+    let totals = (chunk_steps < steps)
+        .then(|| totals.elements::<f32>(chunk_m.next_multiple_of(SIDE) * totals_stride).as_mut_ptr());
+    let mut work = Work {
+        products,
+        output: &output,
+        threads,
+        in_place,
+        left: Shared(left.as_mut_ptr()),
+        left_holds: None,
+        right: (!pack_by_task).then_some(Shared(right.as_mut_ptr())),
+        totals: totals.map(|totals| (Shared(totals), totals_stride)),
+        task_rows: if pack_by_task { chunk_m.next_multiple_of(SIDE) } else { task_rows },
+        task_columns: panels_within(TASK_RIGHT_PAIRS, chunk_steps),
+    };
+    for n0 in (0..n).step_by(chunk_n) {
+        for m0 in (0..m).step_by(chunk_m) {
+            for step in (0..steps).step_by(chunk_steps) {
+                let chunk = Chunk {
+                    m: m0..m.min(m0 + chunk_m),
+                    n: n0..n.min(n0 + chunk_n),
+                    steps: step..steps.min(step + chunk_steps),
+                    first: step == 0,
+                    last: step + chunk_steps >= steps,
+                };
+                work.pack(&chunk);
+                work.run::<T>(&chunk, tile);
+            }
+        }
+    }
+}
+
+/// Lanes of whole panels that hold so many pairs, at least one panel.
+fn panels_within(pairs: usize, steps: usize) -> usize {
+    (pairs / (steps * STEP_PAIRS)).max(1) * SIDE
+}
+
+/// The left operand, if it is in bf16, by rows and in whole steps, and so few columns use it that packing does not pay.
+fn left_in_place(products: &[Product<'_>], columns: usize) -> Option<Left> {
+    let [Product { left, .. }] = products else { return None };
+    let Elements::Bf16(values) = left.elements else { return None };
+    let fits = columns <= THIN_COLUMNS && left.column_stride == 1 && left.columns.is_multiple_of(STEP);
+    let pointer = values[left.offset.min(values.len())..].as_ptr().cast::<u8>();
+    fits.then_some(Left { pointer, row_stride: 2 * left.row_stride, step_stride: 2 * STEP })
+}
+
+/// The multiplication of one chunk after the other.
+struct Work<'a, 'b> {
+    products: &'a [Product<'b>],
+    output: &'a Output<'a>,
+    threads: usize,
+    /// The left operand if its whole panels are read where they are.
+    in_place: Option<Left>,
+    /// Packed panels of the left operand, or its incomplete one.
+    left: Shared<u32>,
+    /// The rows and steps that are packed there at present.
+    left_holds: Option<(Range<usize>, Range<usize>)>,
+    /// Packed panels of the right operand, unless tasks pack them.
+    right: Option<Shared<u32>>,
+    /// Where sums wait for the next chunk of K, if there are several, and the stride.
+    totals: Option<(Shared<f32>, usize)>,
+    task_rows: usize,
+    task_columns: usize,
+}
+
+impl Work<'_, '_> {
+    /// Packs the panels of a chunk that are not at hand and that no task packs itself.
+    fn pack(&mut self, chunk: &Chunk) {
+        let holds = Some((chunk.m.clone(), chunk.steps.clone()));
+        let left_panels = match self.in_place {
+            _ if self.left_holds == holds => 0..0,
+            Some(_) => chunk.m.len() / SIDE..chunk.m.len().div_ceil(SIDE),
+            None => 0..chunk.m.len().div_ceil(SIDE),
+        };
+        self.left_holds = holds;
+        let right_panels = self.right.map_or(0, |_| chunk.n.len().div_ceil(SIDE));
+        let size = chunk.steps.len() * STEP_PAIRS;
+        for_each_index(left_panels.len() + right_panels, self.threads, |next| {
+            while let Some(slot) = next.take() {
+                if slot < left_panels.len() {
+                    // SAFETY: each panel is written by one task; the buffer holds all that are packed.
+                    let out =
+                        unsafe { std::slice::from_raw_parts_mut(self.left.get().add(slot * size), size) };
+                    let first = chunk.m.start + (left_panels.start + slot) * SIDE;
+                    let sources = self.products.iter().map(|product| product.left);
+                    pack::pack(sources, first, chunk.steps.clone(), Order::Lanes, out);
+                } else if let Some(right) = self.right {
+                    let slot = slot - left_panels.len();
+                    // SAFETY: as above.
+                    let out = unsafe { std::slice::from_raw_parts_mut(right.get().add(slot * size), size) };
+                    self.pack_right(chunk, slot * SIDE, out);
+                }
+            }
+        });
+    }
+
+    /// Packs the right panel from `column` of the chunk on.
+    fn pack_right(&self, chunk: &Chunk, column: usize, out: &mut [u32]) {
+        let sources = self.products.iter().map(|product| product.right.transposed());
+        pack::pack(sources, chunk.n.start + column, chunk.steps.clone(), Order::Pairs, out);
+    }
+
+    fn run<T: Tiles>(&self, chunk: &Chunk, tile: &mut Buffer) {
+        let (rows, columns) = (chunk.m.len(), chunk.n.len());
+        let (task_rows, task_columns) = self.task_shape(rows, columns);
+        let across = columns.div_ceil(task_columns);
+        let count = rows.div_ceil(task_rows) * across;
+        let panel = if self.right.is_some() { 0 } else { chunk.steps.len() * STEP_PAIRS };
+        let size = SIDE * SIDE + panel;
+        let worker = |next: Next<'_>, own: *mut u32| {
+            // SAFETY: every caller below passes memory of its thread that holds so many.
+            let own = unsafe { std::slice::from_raw_parts_mut(own, size) };
+            let _prepared = Prepared::<T>::new();
+            while let Some(index) = next.take() {
+                let (i, j) = (index / across * task_rows, index % across * task_columns);
+                let (rows, columns) = (i..rows.min(i + task_rows), j..columns.min(j + task_columns));
+                self.multiply::<T>(chunk, rows, columns, own);
+            }
+        };
+        if self.threads <= 1 || count <= 1 {
+            let own = Shared(tile.elements::<u32>(size).as_mut_ptr());
+            for_each_index(count, 1, |next| worker(next, own.get()));
+        } else {
+            for_each_index(count, self.threads, |next| {
+                with_thread_tile(|tile| worker(next, tile.elements::<u32>(size).as_mut_ptr()));
+            });
+        }
+    }
+
+    /// Rows and columns of the tasks: smaller where there would be too few, as sums do not depend on them.
+    fn task_shape(&self, rows: usize, columns: usize) -> (usize, usize) {
+        let mut task_rows = self.task_rows.min(rows.next_multiple_of(SIDE));
+        let mut task_columns = self.task_columns.min(columns.next_multiple_of(SIDE));
+        while self.threads > 1 && rows.div_ceil(task_rows) * columns.div_ceil(task_columns) < 4 * self.threads
+        {
+            // A task that packs its right panels keeps all rows, or another would pack them again.
+            if task_columns > SIDE && (task_columns >= task_rows || self.right.is_none()) {
+                task_columns = (task_columns / 2).next_multiple_of(SIDE);
+            } else if task_rows > SIDE && self.right.is_some() {
+                task_rows = (task_rows / 2).next_multiple_of(SIDE);
+            } else {
+                break;
+            }
+        }
+        (task_rows, task_columns)
+    }
+
+    /// Multiplies the rows and columns of a task, relative to the chunk. `own` is room for sums and a right panel.
+    fn multiply<T: Tiles>(&self, chunk: &Chunk, rows: Range<usize>, columns: Range<usize>, own: &mut [u32]) {
+        let steps = chunk.steps.len();
+        let (own_sums, own_panel) = own.split_at_mut(SIDE * SIDE);
+        let own_sums = bytemuck::cast_slice_mut::<u32, f32>(own_sums).as_mut_ptr();
+        for j in columns.clone().step_by(SIDE) {
+            let right = match self.right {
+                // SAFETY: the buffer holds all panels of the chunk.
+                Some(right) => unsafe { right.get().add(j / SIDE * steps * STEP_PAIRS) }.cast_const(),
+                None => {
+                    self.pack_right(chunk, j, own_panel);
+                    own_panel.as_ptr()
+                }
+            };
+            for i in rows.clone().step_by(SIDE) {
+                let used = (SIDE.min(rows.end - i), SIDE.min(columns.end - j));
+                let (sums, in_output) = self.sums(chunk, (i, j), used, own_sums);
+                let left = self.left_panel(chunk, i);
+                // SAFETY: the panels hold the chunk's steps; the sums are this task's own; whoever chose `T` saw that this
+                // processor can run it, and the worker prepared its thread.
+                unsafe { T::multiply(steps, left, right.cast(), sums, used) };
+                if chunk.last && !(in_output && self.output.is_plain()) {
+                    let (i, j) = (chunk.m.start + i, chunk.n.start + j);
+                    // SAFETY: the sums were written just now; rows and columns are those of this task.
+                    unsafe {
+                        self.output.finish(i..i + used.0, j..j + used.1, sums.pointer, sums.stride);
+                    }
+                }
+            }
+        }
+    }
+
+    /// The left panel from row `i` of the chunk on.
+    fn left_panel(&self, chunk: &Chunk, i: usize) -> Left {
+        match self.in_place {
+            Some(left) if chunk.m.len() - i >= SIDE => {
+                let at = (chunk.m.start + i) * left.row_stride + chunk.steps.start * left.step_stride;
+                Left { pointer: left.pointer.wrapping_add(at), ..left }
+            }
+            in_place => {
+                let slot = if in_place.is_some() { 0 } else { i / SIDE };
+                let packed = self.left.get().wrapping_add(slot * chunk.steps.len() * STEP_PAIRS);
+                let row_stride = 2 * STEP;
+                Left { pointer: packed.cast_const().cast(), row_stride, step_stride: SIDE * row_stride }
+            }
+        }
+    }
+
+    /// Where the sums of a tile at (i, j) of the chunk are kept, and whether that is the output itself.
+    fn sums(
+        &self,
+        chunk: &Chunk,
+        (i, j): (usize, usize),
+        used: (usize, usize),
+        own: *mut f32,
+    ) -> (Sums, bool) {
+        let add = !chunk.first;
+        if let Some((out, stride)) = self.output.as_sums()
+            && used == (SIDE, SIDE)
+        {
+            let at = (chunk.m.start + i) * stride + chunk.n.start + j;
+            // SAFETY: the tile lies within the output.
+            return (Sums { pointer: unsafe { out.get().add(at) }, stride, add }, true);
+        }
+        match self.totals {
+            // SAFETY: the totals hold the chunk's rows and columns rounded up to whole panels.
+            Some((totals, stride)) => {
+                (Sums { pointer: unsafe { totals.get().add(i * stride + j) }, stride, add }, false)
+            }
+            None => (Sums { pointer: own, stride: SIDE, add }, false),
+        }
+    }
+}
+
+/// A thread that may multiply, until it is dropped.
+struct Prepared<T: Tiles>(PhantomData<*const T>);
+
+impl<T: Tiles> Prepared<T> {
+    fn new() -> Self {
+        // SAFETY: whoever chose `T` saw that this processor can run it.
+        unsafe { T::begin() };
+        Prepared(PhantomData)
+    }
+}
+
+impl<T: Tiles> Drop for Prepared<T> {
+    fn drop(&mut self) {
+        // SAFETY: as above.
+        unsafe { T::end() };
+    }
+}

@@ -1,0 +1,245 @@
+//! The kernels of the processor.
+
+pub mod attention;
+mod elementwise;
+pub mod gemm;
+mod loss;
+mod norm;
+mod optimizer;
+pub(crate) mod pool;
+pub(crate) mod simd;
+
+use crate::device::{
+    AdamWParameters, Arithmetic, AttentionParameters, CrossEntropyParameters, Finish, GateActivation,
+    Kernels, NormWeight, Operand, RopePairing, Segment,
+};
+use crate::error::{Error, Result};
+use crate::random::RandomKey;
+use crate::{DType, Tensor};
+
+/// The kernel set of the processor; parallel by rayon, bit-identical for any number of threads.
+pub(crate) struct Cpu;
+
+fn view<'a>(operand: &Operand<'a>) -> Result<gemm::MatrixRef<'a>> {
+    let (tensor, rows, columns) = (operand.tensor, operand.tensor.rows(), operand.tensor.columns());
+    let matrix = match tensor.dtype() {
+        DType::F32 => gemm::MatrixRef::row_major(tensor.as_slice::<f32>(), rows, columns),
+        DType::Bf16 => gemm::MatrixRef::row_major(tensor.as_slice::<half::bf16>(), rows, columns),
+        DType::F16 => gemm::MatrixRef::row_major(tensor.as_slice::<half::f16>(), rows, columns),
+        other => return Err(unsupported("matmul", format!("an operand is {other}"))),
+    };
+    Ok(if operand.transposed { matrix.transposed() } else { matrix })
+}
+
+fn elements(tensor: &Tensor) -> gemm::Elements<'_> {
+    match tensor.dtype() {
+        DType::Bf16 => tensor.as_slice::<half::bf16>().into(),
+        DType::F16 => tensor.as_slice::<half::f16>().into(),
+        _ => tensor.as_slice::<f32>().into(),
+    }
+}
+
+fn elements_mut(tensor: &mut Tensor) -> gemm::ElementsMut<'_> {
+    match tensor.dtype() {
+        DType::Bf16 => tensor.as_mut_slice::<half::bf16>().into(),
+        _ => tensor.as_mut_slice::<f32>().into(),
+    }
+}
+
+fn unsupported(operation: &'static str, reason: String) -> Error {
+    Error::Unsupported { operation, device: "cpu", reason }
+}
+
+impl Kernels for Cpu {
+    fn name(&self) -> &'static str {
+        "cpu"
+    }
+
+    fn matmul(
+        &self,
+        products: &[(Operand<'_>, Operand<'_>)],
+        out: &mut Tensor,
+        finish: &Finish<'_>,
+        arithmetic: Arithmetic,
+    ) -> Result<()> {
+        let views = products
+            .iter()
+            .map(|(left, right)| Ok(gemm::Product { left: view(left)?, right: view(right)? }))
+            .collect::<Result<Vec<_>>>()?;
+        let epilogue = gemm::Epilogue {
+            scale: finish.scale,
+            bias: finish.bias.map(Tensor::as_slice::<f32>),
+            accumulate: finish.accumulate,
+        };
+        let (rows, columns) = (out.rows(), out.columns());
+        let matrix = match out.dtype() {
+            DType::F32 => gemm::MatrixMut::row_major(out.as_mut_slice::<f32>(), rows, columns),
+            DType::Bf16 => gemm::MatrixMut::row_major(out.as_mut_slice::<half::bf16>(), rows, columns),
+            other => return Err(unsupported("matmul", format!("the result is {other}"))),
+        };
+        gemm::gemm(&views, matrix, &epilogue, arithmetic);
+        Ok(())
+    }
+
+    fn embedding(&self, ids: &Tensor, table: &Tensor, scale: f32, out: &mut Tensor) {
+        elementwise::embedding(ids, table, scale, out);
+    }
+
+    fn embedding_backward(
+        &self,
+        ids: &Tensor,
+        d_out: &Tensor,
+        scale: f32,
+        skipped: Option<u32>,
+        d_table: &mut Tensor,
+    ) {
+        elementwise::embedding_backward(ids, d_out, scale, skipped, d_table);
+    }
+
+    fn rms_norm(
+        &self,
+        x: &Tensor,
+        weight: Option<&Tensor>,
+        kind: NormWeight,
+        epsilon: f32,
+        out: &mut Tensor,
+    ) {
+        norm::forward(x, weight, kind, epsilon, out);
+    }
+
+    fn rms_norm_backward(
+        &self,
+        x: &Tensor,
+        weight: Option<&Tensor>,
+        kind: NormWeight,
+        epsilon: f32,
+        d_out: &Tensor,
+        d_x: Option<(&mut Tensor, bool)>,
+        d_weight: Option<&mut Tensor>,
+    ) {
+        norm::backward(x, weight, kind, epsilon, d_out, d_x, d_weight);
+    }
+
+    fn rope(&self, x: &mut Tensor, cosines: &Tensor, sines: &Tensor, pairing: RopePairing, inverse: bool) {
+        elementwise::rope(x, cosines, sines, pairing, inverse);
+    }
+
+    fn attention(
+        &self,
+        parameters: &AttentionParameters,
+        segments: &[Segment],
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        sinks: Option<&Tensor>,
+        out: &mut Tensor,
+        log_sum_exp: &mut Tensor,
+    ) {
+        let inputs = attention::Inputs {
+            parameters,
+            segments,
+            q: elements(q),
+            k: elements(k),
+            v: elements(v),
+            sinks: sinks.map(Tensor::as_slice::<f32>),
+        };
+        attention::forward(&inputs, elements_mut(out), log_sum_exp.as_mut_slice::<f32>());
+    }
+
+    fn attention_backward(
+        &self,
+        parameters: &AttentionParameters,
+        segments: &[Segment],
+        inputs: [&Tensor; 3],
+        sinks: Option<&Tensor>,
+        out: &Tensor,
+        log_sum_exp: &Tensor,
+        d_out: &Tensor,
+        d_inputs: [&mut Tensor; 3],
+        d_sinks: Option<&mut Tensor>,
+    ) {
+        let [q, k, v] = inputs;
+        let inputs = attention::Inputs {
+            parameters,
+            segments,
+            q: elements(q),
+            k: elements(k),
+            v: elements(v),
+            sinks: sinks.map(Tensor::as_slice::<f32>),
+        };
+        let lse = log_sum_exp.as_slice::<f32>();
+        let saved = attention::Saved { out: elements(out), lse, d_out: elements(d_out) };
+        let mut own_sinks = d_sinks.as_ref().map(|_| vec![0.0; parameters.query_heads]);
+        let [dq, dk, dv] = d_inputs.map(elements_mut);
+        let gradients = attention::Gradients { dq, dk, dv, d_sinks: own_sinks.as_deref_mut() };
+        attention::backward(&inputs, &saved, gradients);
+        if let (Some(sums), Some(own)) = (d_sinks, own_sinks) {
+            for (sum, value) in sums.as_mut_slice::<f32>().iter_mut().zip(own) {
+                *sum += value;
+            }
+        }
+    }
+
+    fn gated(&self, activation: GateActivation, gate: &Tensor, up: &Tensor, out: &mut Tensor) {
+        elementwise::gated(activation, gate, up, out);
+    }
+
+    fn gated_backward(
+        &self,
+        activation: GateActivation,
+        gate: &Tensor,
+        up: &Tensor,
+        d_out: &Tensor,
+        d_gate: &mut Tensor,
+        d_up: &mut Tensor,
+    ) {
+        elementwise::gated_backward(activation, gate, up, d_out, d_gate, d_up);
+    }
+
+    fn sum_rows(&self, x: &Tensor, out: &mut Tensor) {
+        elementwise::sum_rows(x, out);
+    }
+
+    fn scale(&self, x: &mut Tensor, factor: f32) {
+        elementwise::scale(x, factor);
+    }
+
+    fn add_assign(&self, target: &mut Tensor, source: &Tensor) {
+        elementwise::add_assign(target, source);
+    }
+
+    fn convert(&self, source: &Tensor, target: &mut Tensor) {
+        elementwise::convert(source, target);
+    }
+
+    fn dropout(&self, x: &Tensor, probability: f32, key: RandomKey, out: &mut Tensor, accumulate: bool) {
+        elementwise::dropout(x, probability, key, out, accumulate);
+    }
+
+    fn gather_rows(&self, x: &Tensor, indices: &[u32], out: &mut Tensor) {
+        elementwise::gather_rows(x, indices, out);
+    }
+
+    fn scatter_rows(&self, x: &Tensor, indices: &[u32], out: &mut Tensor) {
+        elementwise::scatter_rows(x, indices, out);
+    }
+
+    fn cross_entropy(&self, logits: &mut Tensor, labels: &[u32], parameters: &CrossEntropyParameters) -> f64 {
+        loss::cross_entropy(logits, labels, parameters)
+    }
+
+    fn sum_of_squares(&self, x: &Tensor) -> f64 {
+        optimizer::sum_of_squares(x)
+    }
+
+    fn adamw(
+        &self,
+        parameters: &AdamWParameters,
+        value: &mut Tensor,
+        gradient: &Tensor,
+        first_moment: &mut Tensor,
+        second_moment: &mut Tensor,
+    ) {
+        optimizer::adamw(parameters, value, gradient, first_moment, second_moment);
+    }
+}

@@ -1,0 +1,49 @@
+//! Rows of a table by token id.
+
+use crate::error::{Error, Result, expect_dtype};
+use crate::memory::Category;
+use crate::{DType, Tape, Tensor, Var, Weight};
+
+/// `scale * table[ids]`: ids u32 \[T\], table \[V, D\], result \[T, D\] of type `dtype`.
+///
+/// Bytes: the result twice. The gradient is computed only for a trainable table, in f32; the row of `padding`
+/// gets none, as with PyTorch's `padding_idx`.
+///
+/// # Errors
+/// [`Error::Range`] for an id that is not below V; [`Error::DType`] for ids that are not u32; out of memory.
+pub fn embedding(
+    tape: &Tape,
+    ids: &Tensor,
+    table: &Weight,
+    scale: f32,
+    padding: Option<u32>,
+    dtype: DType,
+) -> Result<Var> {
+    expect_dtype("embedding", "ids", ids.dtype(), DType::U32)?;
+    let value = table.value();
+    let (vocabulary, width) = (value.rows(), value.columns());
+    if let Some(&id) = ids.as_slice::<u32>().iter().find(|&&id| id as usize >= vocabulary) {
+        return Err(Error::Range {
+            operation: "embedding",
+            what: "token id",
+            actual: id as usize,
+            limit: vocabulary,
+        });
+    }
+    let device = value.device().clone();
+    let mut out = Tensor::scratch(&device, Category::Activations, dtype, &[ids.elements(), width])?;
+    device.kernels().embedding(ids, &value, scale, &mut out);
+    let Some(parameter) = table.parameter().cloned() else {
+        return Ok(tape.push(out, false, |_| Box::new(|_| Ok(()))));
+    };
+    let ids = ids.clone();
+    Ok(tape.push(out, true, |slot| {
+        Box::new(move |gradients| {
+            let Some(d_out) = gradients.take(slot) else { return Ok(()) };
+            parameter.accumulate(|d_table| {
+                device.kernels().embedding_backward(&ids, &d_out, scale, padding, d_table);
+                Ok(())
+            })
+        })
+    }))
+}

@@ -1,0 +1,61 @@
+//! RMSNorm.
+
+use crate::device::NormWeight;
+use crate::error::{Result, expect_shape};
+use crate::memory::Category;
+use crate::{DType, Tape, Tensor, Var, Weight};
+
+/// `x / sqrt(mean(x^2) + epsilon) * w` over the last dimension, in f32 inside; \[.., D\] to \[.., D\], w \[D\].
+///
+/// The result is not kept for the backward passes of its users: they compute it again from `x`.
+/// Bytes: input and result once forward, three times that backward.
+///
+/// # Errors
+/// [`crate::Error::Shape`] when the weight's width is not D; out of memory.
+pub fn rms_norm(
+    tape: &Tape,
+    x: &Var,
+    weight: Option<&Weight>,
+    kind: NormWeight,
+    epsilon: f32,
+) -> Result<Var> {
+    let input = x.tensor().clone();
+    let value = weight.map(Weight::value);
+    if let Some(value) = &value {
+        expect_shape("rms_norm", "weight", value.shape(), &[input.columns()])?;
+    }
+    let device = input.device().clone();
+    let compute = {
+        let (input, value, device) = (input.clone(), value.clone(), device.clone());
+        move || -> Result<Tensor> {
+            let mut out = Tensor::scratch(&device, Category::Activations, input.dtype(), input.shape())?;
+            device.kernels().rms_norm(&input, value.as_ref(), kind, epsilon, &mut out);
+            Ok(out)
+        }
+    };
+    let out = compute()?;
+    let parameter = weight.and_then(Weight::parameter).cloned();
+    let input_slot = x.slot();
+    let wanted = input_slot.is_some() || parameter.is_some();
+    let var = tape.push(out, wanted, |slot| {
+        Box::new(move |gradients| {
+            let Some(d_out) = gradients.take(slot) else { return Ok(()) };
+            let kernels = device.kernels();
+            if let Some(slot) = input_slot {
+                gradients.add_with(slot, (&input, input.shape()), |d_x, accumulate| {
+                    let d_x = Some((d_x, accumulate));
+                    kernels.rms_norm_backward(&input, value.as_ref(), kind, epsilon, &d_out, d_x, None);
+                    Ok(())
+                })?;
+            }
+            let Some(parameter) = parameter else { return Ok(()) };
+            parameter.accumulate(|d_weight| {
+                debug_assert_eq!(d_weight.dtype(), DType::F32);
+                let d_weight = Some(d_weight);
+                kernels.rms_norm_backward(&input, value.as_ref(), kind, epsilon, &d_out, None, d_weight);
+                Ok(())
+            })
+        })
+    });
+    Ok(tape.with_recipe(var, compute))
+}

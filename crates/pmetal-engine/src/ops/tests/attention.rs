@@ -1,0 +1,232 @@
+use std::sync::Arc;
+
+use super::*;
+use crate::device::{AttentionParameters, Segment};
+use crate::error::Error;
+use crate::{ops, reference};
+
+const PLAIN: AttentionParameters = AttentionParameters {
+    query_heads: 2,
+    key_value_heads: 2,
+    key_width: 8,
+    value_width: 8,
+    scale: 0.6,
+    softcap: None,
+    window: None,
+    chunk: None,
+    causal: true,
+};
+
+/// Documents one after another; each is a number of keys, and of queries at its end.
+fn documents(lengths: &[(usize, usize)]) -> Vec<Segment> {
+    let (mut query_start, mut key_start) = (0, 0);
+    lengths
+        .iter()
+        .map(|&(key_length, query_length)| {
+            let segment = Segment { query_start, query_length, key_start, key_length };
+            query_start += query_length;
+            key_start += key_length;
+            segment
+        })
+        .collect()
+}
+
+struct Run {
+    out: Vec<f64>,
+    gradients: Vec<Option<Vec<f64>>>,
+}
+
+fn shapes(p: &AttentionParameters, tokens: usize, keys: usize) -> [Vec<usize>; 3] {
+    [
+        vec![tokens, p.query_heads, p.key_width],
+        vec![keys, p.key_value_heads, p.key_width],
+        vec![keys, p.key_value_heads, p.value_width],
+    ]
+}
+
+fn run(p: &AttentionParameters, segments: &[Segment], dtype: DType, inputs: &[Vec<f64>], d_y: &[f64]) -> Run {
+    let device = Device::cpu();
+    let tokens = inputs[0].len() / (p.query_heads * p.key_width);
+    let keys = inputs[1].len() / (p.key_value_heads * p.key_width);
+    let tape = Tape::recording();
+    let leaves: Vec<Var> = shapes(p, tokens, keys)
+        .iter()
+        .zip(inputs)
+        .map(|(shape, values)| tape.leaf(tensor(&device, dtype, shape, values)))
+        .collect();
+    let sinks =
+        (!inputs[3].is_empty()).then(|| weight(&device, true, DType::F32, &[p.query_heads], &inputs[3]));
+    let segments: Arc<[Segment]> = segments.into();
+    let vars = [&leaves[0], &leaves[1], &leaves[2]];
+    let y = ops::attention(&tape, p, &segments, vars, sinks.as_ref()).unwrap();
+    let d_out = tensor(&device, dtype, &[tokens, p.query_heads, p.value_width], d_y);
+    let out = wide(y.tensor());
+    let mut gradients = tape.backward(&y, d_out).unwrap();
+    let mut gradients: Vec<_> = leaves.iter().map(|leaf| arrived(&mut gradients, leaf)).collect();
+    gradients.push(sinks.as_ref().and_then(gradient_of));
+    Run { out, gradients }
+}
+
+fn inputs(p: &AttentionParameters, tokens: usize, keys: usize, sinks: bool, dtype: DType) -> Vec<Vec<f64>> {
+    let sinks = if sinks { p.query_heads } else { 0 };
+    let counts = shapes(p, tokens, keys).map(|shape| shape.iter().product());
+    let mut inputs: Vec<_> =
+        ["q", "k", "v"].into_iter().zip(counts).map(|(name, count)| numbers(name, count, dtype)).collect();
+    inputs.push(numbers("sinks", sinks, DType::F32));
+    inputs
+}
+
+fn check(p: AttentionParameters, lengths: &[(usize, usize)], sinks: bool, dtype: DType) {
+    let what = format!("{p:?} {lengths:?} sinks {sinks} {dtype}");
+    let segments = documents(lengths);
+    let (keys, tokens) = lengths.iter().fold((0, 0), |sum, next| (sum.0 + next.0, sum.1 + next.1));
+    let inputs = inputs(&p, tokens, keys, sinks, dtype);
+    let d_y = numbers("d_y", tokens * p.query_heads * p.value_width, dtype);
+    let function = |inputs: &[Vec<f64>]| {
+        reference::attention(&p, &segments, std::array::from_fn(|index| &inputs[index][..]))
+    };
+    let Run { out, gradients } = run(&p, &segments, dtype, &inputs, &d_y);
+    assert_close(&what, &out, &function(&inputs), tolerance(dtype));
+    let error = if dtype == DType::Bf16 { 2.5e-2 } else { 2e-5 };
+    assert_gradients(&what, &function, &inputs, &d_y, &gradients, error);
+}
+
+fn variants() -> Vec<(AttentionParameters, bool)> {
+    vec![
+        (PLAIN, false),
+        (AttentionParameters { causal: false, ..PLAIN }, false),
+        (AttentionParameters { query_heads: 6, key_value_heads: 2, ..PLAIN }, false),
+        (
+            AttentionParameters {
+                query_heads: 3,
+                key_value_heads: 1,
+                key_width: 12,
+                value_width: 5,
+                ..PLAIN
+            },
+            true,
+        ),
+        (AttentionParameters { window: Some(4), ..PLAIN }, false),
+        (AttentionParameters { window: Some(1), ..PLAIN }, true),
+        (AttentionParameters { chunk: Some(5), ..PLAIN }, false),
+        (AttentionParameters { softcap: Some(0.7), scale: 1.3, ..PLAIN }, false),
+        (
+            AttentionParameters {
+                softcap: Some(1.5),
+                window: Some(20),
+                query_heads: 4,
+                key_width: 17,
+                ..PLAIN
+            },
+            true,
+        ),
+    ]
+}
+
+#[test]
+fn attention_and_its_gradients_agree_with_the_reference() {
+    for (parameters, sinks) in variants() {
+        for lengths in [&[(1, 1)][..], &[(3, 3)], &[(9, 9), (1, 1), (5, 5)]] {
+            check(parameters, lengths, sinks, DType::F32);
+        }
+        check(parameters, &[(9, 9), (6, 6)], sinks, DType::Bf16);
+    }
+}
+
+#[test]
+fn attention_over_many_tokens_agrees_with_the_reference() {
+    for (index, (parameters, sinks)) in variants().into_iter().enumerate() {
+        let dtype = [DType::F32, DType::Bf16][index % 2];
+        let lengths: &[(usize, usize)] = if index % 3 == 0 { &[(130, 130)] } else { &[(65, 65), (20, 20)] };
+        check(parameters, lengths, sinks, dtype);
+    }
+}
+
+#[test]
+fn queries_are_the_last_of_their_keys() {
+    for (parameters, sinks) in variants().into_iter().filter(|(parameters, _)| parameters.causal) {
+        check(parameters, &[(7, 1)], sinks, DType::F32);
+        check(parameters, &[(70, 3), (4, 2)], sinks, DType::F32);
+        check(parameters, &[(5, 0), (6, 4)], sinks, DType::F32);
+    }
+}
+
+#[test]
+fn tokens_of_no_segment_get_zeros_and_give_none() {
+    let segments = [Segment { query_start: 2, query_length: 3, key_start: 2, key_length: 3 }];
+    for dtype in [DType::F32, DType::Bf16] {
+        let inputs = inputs(&PLAIN, 7, 7, false, dtype);
+        let Run { out, gradients } = run(&PLAIN, &segments, dtype, &inputs, &numbers("d_y", 7 * 16, dtype));
+        for values in [out].into_iter().chain(gradients.into_iter().flatten()) {
+            assert!(
+                values[..2 * 16].iter().chain(&values[5 * 16..]).all(|&value| value == 0.0),
+                "{values:?}"
+            );
+            assert!(values[2 * 16..5 * 16].iter().any(|&value| value != 0.0), "{values:?}");
+        }
+    }
+}
+
+#[test]
+fn no_tokens_need_no_attention() {
+    let Run { out, gradients } = run(&PLAIN, &[], DType::F32, &inputs(&PLAIN, 0, 0, false, DType::F32), &[]);
+    assert!(out.is_empty() && gradients.into_iter().flatten().all(|gradient| gradient.is_empty()));
+}
+
+#[test]
+fn documents_do_not_see_each_other() {
+    let lengths = [(6, 6), (4, 4)];
+    let inputs = inputs(&PLAIN, 10, 10, false, DType::F32);
+    let d_y = numbers("d_y", 160, DType::F32);
+    let together = run(&PLAIN, &documents(&lengths), DType::F32, &inputs, &d_y);
+    let part = |values: &[f64]| values[6 * 16..].to_vec();
+    let second: Vec<_> =
+        inputs.iter().map(|values| if values.is_empty() { vec![] } else { part(values) }).collect();
+    let alone = run(&PLAIN, &documents(&lengths[1..]), DType::F32, &second, &part(&d_y));
+    assert_close("second document", &part(&together.out), &alone.out, 1e-6);
+    for (together, alone) in together.gradients.iter().zip(&alone.gradients).take(3) {
+        assert_close("its gradient", &part(together.as_ref().unwrap()), alone.as_ref().unwrap(), 1e-6);
+    }
+}
+
+#[test]
+fn attention_has_the_same_bits_everywhere() {
+    assert_same_bits_everywhere("attention", &|| {
+        let parameters = AttentionParameters { query_heads: 4, window: Some(50), ..PLAIN };
+        let inputs = inputs(&parameters, 140, 140, true, DType::F32);
+        let d_y = numbers("d_y", 140 * 4 * 8, DType::F32);
+        let result = run(&parameters, &documents(&[(100, 100), (40, 40)]), DType::F32, &inputs, &d_y);
+        let all = result.gradients.into_iter().flatten().chain([result.out]);
+        all.map(|values| values.iter().map(|&value| (value as f32).to_bits()).collect()).collect()
+    });
+}
+
+#[test]
+fn parameters_and_segments_that_do_not_fit_are_refused() {
+    let device = Device::cpu();
+    let attend = |p: AttentionParameters, segment: Segment, k_type: DType, sinks: usize| {
+        let var = |dtype, heads: usize| {
+            Var::constant(tensor(&device, dtype, &[4, heads, 8], &vec![0.0; 4 * heads * 8]))
+        };
+        let (q, k) = (var(DType::F32, p.query_heads), var(k_type, p.key_value_heads));
+        let sinks = weight(&device, false, DType::F32, &[sinks], &vec![0.0; sinks]);
+        let segments: Arc<[Segment]> = [segment].into();
+        ops::attention(&Tape::off(), &p, &segments, [&q, &k, &k], Some(&sinks)).map(|_| ())
+    };
+    let whole = Segment { query_start: 0, query_length: 4, key_start: 0, key_length: 4 };
+    attend(PLAIN, whole, DType::F32, 2).unwrap();
+    let outcomes = [
+        attend(PLAIN, Segment { query_start: 1, ..whole }, DType::F32, 2),
+        attend(PLAIN, Segment { key_start: usize::MAX, ..whole }, DType::F32, 2),
+        attend(PLAIN, Segment { key_length: 3, ..whole }, DType::F32, 2),
+    ];
+    assert!(outcomes.iter().all(|outcome| matches!(outcome, Err(Error::Range { .. }))), "{outcomes:?}");
+    let outcomes = [
+        attend(AttentionParameters { query_heads: 3, ..PLAIN }, whole, DType::F32, 3),
+        attend(AttentionParameters { window: Some(0), ..PLAIN }, whole, DType::F32, 2),
+        attend(AttentionParameters { chunk: Some(0), ..PLAIN }, whole, DType::F32, 2),
+    ];
+    assert!(outcomes.iter().all(|outcome| matches!(outcome, Err(Error::Unsupported { .. }))), "{outcomes:?}");
+    assert!(matches!(attend(PLAIN, whole, DType::F32, 1), Err(Error::Shape { .. })));
+    assert!(matches!(attend(PLAIN, whole, DType::Bf16, 2), Err(Error::DType { .. })));
+}

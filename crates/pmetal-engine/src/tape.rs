@@ -1,0 +1,289 @@
+//! Reverse-mode differentiation over the operations of [`crate::ops`].
+//!
+//! An operation that is being recorded pushes a node: a closure that owns exactly what its backward pass
+//! reads. The backward pass pops nodes, so that everything is freed as soon as it was read. Gradients of
+//! trainable parameters are summed in place in the [`crate::Parameter`]s; gradients of activations live in
+//! numbered slots until their node takes them. An operation none of whose inputs has a slot and that
+//! trains nothing records nothing.
+
+use std::cell::{OnceCell, RefCell};
+use std::rc::Rc;
+
+use crate::error::{Error, Result};
+use crate::memory::Category;
+use crate::{DType, Tensor};
+
+type Backward = Box<dyn FnOnce(&mut Gradients) -> Result<()>>;
+
+/// The record of a forward pass; single-threaded, as the kernels are parallel inside.
+#[derive(Default)]
+pub struct Tape {
+    record: Option<RefCell<Record>>,
+}
+
+#[derive(Default)]
+struct Record {
+    nodes: Vec<Backward>,
+    slots: usize,
+}
+
+/// A value of the forward pass, with its place in the record when gradients flow to it.
+#[derive(Clone)]
+pub struct Var {
+    tensor: Tensor,
+    slot: Option<usize>,
+    recipe: Option<Rc<Recipe>>,
+}
+
+/// How to compute a value again from values that are kept anyway, instead of keeping it.
+pub struct Recipe {
+    compute: Box<dyn Fn() -> Result<Tensor>>,
+    memo: OnceCell<Tensor>,
+}
+
+/// What a backward pass keeps of one input.
+#[derive(Clone)]
+pub enum Saved {
+    /// The value itself.
+    Value(Tensor),
+    /// A recipe shared by all users of the value; the result is kept until the last user is gone.
+    Again(Rc<Recipe>),
+}
+
+impl Saved {
+    /// The value, computed again when it was not kept.
+    ///
+    /// # Errors
+    /// Out of memory, or what the recipe's operation returns.
+    pub fn get(&self) -> Result<Tensor> {
+        match self {
+            Self::Value(tensor) => Ok(tensor.clone()),
+            Self::Again(recipe) => {
+                if let Some(tensor) = recipe.memo.get() {
+                    return Ok(tensor.clone());
+                }
+                let tensor = (recipe.compute)()?;
+                Ok(recipe.memo.get_or_init(|| tensor).clone())
+            }
+        }
+    }
+}
+
+impl Var {
+    /// The value.
+    pub fn tensor(&self) -> &Tensor {
+        &self.tensor
+    }
+
+    /// Takes the value out.
+    pub fn into_tensor(self) -> Tensor {
+        self.tensor
+    }
+
+    /// Where gradients for this value go; `None` when nothing wants them.
+    pub fn slot(&self) -> Option<usize> {
+        self.slot
+    }
+
+    /// A value that needs no gradient.
+    pub fn constant(tensor: Tensor) -> Self {
+        Self { tensor, slot: None, recipe: None }
+    }
+
+    /// The same value under another shape.
+    ///
+    /// # Errors
+    /// [`crate::Error::Shape`] when the number of elements differs.
+    pub fn reshape(self, shape: &[usize]) -> Result<Self> {
+        Ok(Self { tensor: self.tensor.reshape(shape)?, recipe: None, ..self })
+    }
+
+    /// Forgets how the value can be computed again, for users that overwrite it in place.
+    pub fn detached_recipe(self) -> Self {
+        Self { recipe: None, ..self }
+    }
+
+    /// What a backward pass should keep of this value.
+    pub(crate) fn save(&self) -> Saved {
+        match &self.recipe {
+            Some(recipe) => Saved::Again(Rc::clone(recipe)),
+            None => Saved::Value(self.tensor.clone()),
+        }
+    }
+}
+
+/// Gradients of activations during a backward pass.
+pub struct Gradients {
+    slots: Vec<Option<Tensor>>,
+}
+
+impl Gradients {
+    /// Takes the gradient that has arrived in a slot.
+    pub fn take(&mut self, slot: usize) -> Option<Tensor> {
+        self.slots.get_mut(slot).and_then(Option::take)
+    }
+
+    /// Adds a finished gradient to a slot.
+    ///
+    /// # Errors
+    /// Out of memory when the slot's tensor is shared and must be copied first.
+    pub fn add(&mut self, slot: usize, gradient: Tensor) -> Result<()> {
+        let sum = match self.slots[slot].take() {
+            None => gradient,
+            Some(held) => {
+                // Write into whichever of the two nobody else reads.
+                let (mut target, source) = if held.is_unique() || !gradient.is_unique() {
+                    (held.into_unique()?, gradient)
+                } else {
+                    (gradient, held)
+                };
+                let device = target.device().clone();
+                device.kernels().add_assign(&mut target, &source);
+                target
+            }
+        };
+        self.slots[slot] = Some(sum);
+        Ok(())
+    }
+
+    /// Lets an operation write into a slot's gradient directly; the flag says whether it must add to it.
+    /// A fresh gradient takes device and element type from `like`.
+    ///
+    /// # Errors
+    /// What `write` returns, or out of memory.
+    pub fn add_with(
+        &mut self,
+        slot: usize,
+        (like, shape): (&Tensor, &[usize]),
+        write: impl FnOnce(&mut Tensor, bool) -> Result<()>,
+    ) -> Result<()> {
+        let (mut target, accumulate) = match self.slots[slot].take() {
+            Some(held) => (held.into_unique()?.reshape(shape)?, true),
+            None => (Tensor::scratch(like.device(), Category::Activations, like.dtype(), shape)?, false),
+        };
+        write(&mut target, accumulate)?;
+        self.slots[slot] = Some(target);
+        Ok(())
+    }
+}
+
+impl Tape {
+    /// A tape that records.
+    pub fn recording() -> Self {
+        Self { record: Some(RefCell::default()) }
+    }
+
+    /// A tape that records nothing: inference.
+    pub fn off() -> Self {
+        Self::default()
+    }
+
+    /// Whether operations are recorded.
+    pub fn is_recording(&self) -> bool {
+        self.record.is_some()
+    }
+
+    /// Marks a value as one whose gradient is wanted.
+    pub fn leaf(&self, tensor: Tensor) -> Var {
+        let slot = self.record.as_ref().map(|record| record.borrow_mut().new_slot());
+        Var { tensor, slot, recipe: None }
+    }
+
+    /// Wraps an operation's output. `wanted` says whether any input has a slot or anything is trained;
+    /// `backward` builds the node, given the output's slot.
+    pub(crate) fn push(&self, tensor: Tensor, wanted: bool, backward: impl FnOnce(usize) -> Backward) -> Var {
+        let slot = self.record.as_ref().filter(|_| wanted).map(|record| {
+            let mut record = record.borrow_mut();
+            let slot = record.new_slot();
+            record.nodes.push(backward(slot));
+            slot
+        });
+        Var { tensor, slot, recipe: None }
+    }
+
+    /// Says how a value that is cheap to compute again can be had, so that later operations need not keep it.
+    pub(crate) fn with_recipe(&self, var: Var, compute: impl Fn() -> Result<Tensor> + 'static) -> Var {
+        if var.slot.is_none() && !self.is_recording() {
+            return var;
+        }
+        let recipe = Some(Rc::new(Recipe { compute: Box::new(compute), memo: OnceCell::new() }));
+        Var { recipe, ..var }
+    }
+
+    /// Runs the backward pass from `output`, whose gradient is `gradient`, and empties the tape.
+    /// Returns the gradients that leaves have received, by slot.
+    ///
+    /// # Errors
+    /// [`Error::Range`] when the output is not of this record, [`Error::Shape`] when the gradient is not of its size;
+    /// what a node returns: parameters may then hold part of the gradient.
+    pub fn backward(&self, output: &Var, gradient: Tensor) -> Result<Gradients> {
+        if gradient.elements() != output.tensor.elements() {
+            return Err(Error::Shape {
+                operation: "backward",
+                what: "gradient",
+                actual: gradient.shape().to_vec(),
+                expected: output.tensor.shape().to_vec(),
+            });
+        }
+        let slots = self.record.as_ref().map_or(0, |record| record.borrow().slots);
+        if let Some(slot) = output.slot.filter(|&slot| slot >= slots) {
+            let what = "output's place in the record";
+            return Err(Error::Range { operation: "backward", what, actual: slot, limit: slots });
+        }
+        let record = self.record.as_ref().map(RefCell::take).unwrap_or_default();
+        let mut gradients = Gradients { slots: vec![None; record.slots] };
+        if let Some(slot) = output.slot {
+            gradients.slots[slot] = Some(gradient);
+        }
+        let mut nodes = record.nodes;
+        while let Some(node) = nodes.pop() {
+            node(&mut gradients)?;
+        }
+        Ok(gradients)
+    }
+
+    /// Runs `block` on `input` and keeps nothing but the input: the backward pass runs the block again.
+    /// The block must be a pure function of its input and of parameters (randomness keyed by counters).
+    ///
+    /// # Errors
+    /// What the block returns.
+    pub fn checkpoint(&self, input: Var, block: impl Fn(&Tape, Var) -> Result<Var> + 'static) -> Result<Var> {
+        if !self.is_recording() {
+            return block(self, input);
+        }
+        let output = block(&Tape::off(), Var::constant(input.tensor.clone()))?;
+        let (kept, input_slot) = (input.tensor, input.slot);
+        Ok(self.push(output.into_tensor(), true, |slot| {
+            Box::new(move |gradients| {
+                let Some(d_output) = gradients.take(slot) else { return Ok(()) };
+                let inner = Tape::recording();
+                let leaf = match input_slot {
+                    Some(_) => inner.leaf(kept),
+                    None => Var::constant(kept),
+                };
+                let again = block(&inner, leaf.clone())?;
+                let mut inner_gradients = inner.backward(&again, d_output)?;
+                let d_input = leaf.slot.and_then(|slot| inner_gradients.take(slot));
+                match (input_slot, d_input) {
+                    (Some(slot), Some(d_input)) => gradients.add(slot, d_input),
+                    _ => Ok(()),
+                }
+            })
+        }))
+    }
+}
+
+impl Record {
+    fn new_slot(&mut self) -> usize {
+        self.slots += 1;
+        self.slots - 1
+    }
+}
+
+/// The arithmetic and dtype that go with activations of a type.
+pub(crate) fn arithmetic_for(dtype: DType) -> crate::device::Arithmetic {
+    match dtype {
+        DType::Bf16 => crate::device::Arithmetic::Bf16,
+        _ => crate::device::Arithmetic::F32,
+    }
+}
