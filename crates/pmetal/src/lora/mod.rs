@@ -1,0 +1,180 @@
+//! Low-rank adapters: attaching them to a decoder, reading and writing them in PEFT's format, and merging
+//! them into the weights.
+
+pub mod fuse;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+
+use pmetal_engine::ops::{Linear, Lora};
+use pmetal_engine::random::{RandomKey, stream_of};
+use pmetal_engine::{Category, DType, Parameter, Tensor, Weight};
+use pmetal_formats::adapter::AdapterConfig;
+use pmetal_formats::safetensors::SafetensorsFile;
+
+use crate::error::{Error, Faults, Result};
+use crate::models::Decoder;
+
+/// Names of the two files of an adapter folder.
+pub const CONFIG_FILE: &str = "adapter_config.json";
+/// See [`CONFIG_FILE`].
+pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";
+
+/// Adds fresh, trainable adapters to every linear layer that the configuration targets, with PEFT's
+/// initialisation: A uniform in +-1/sqrt(D) (Kaiming with a = sqrt 5), B zero. Returns the modules' names.
+///
+/// # Errors
+/// [`Error::Usage`] when nothing is targeted; out of memory.
+pub fn attach(decoder: &mut Decoder, config: &AdapterConfig, seed: u64) -> Result<Vec<String>> {
+    let device = decoder.device().clone();
+    let mut names = Vec::new();
+    let matcher = config.matcher()?;
+    decoder.change_linears(|module, linear| {
+        let Some(shape) = matcher.target(module, true, false) else { return Ok(()) };
+        let (features, width) = dimensions(linear);
+        let key = RandomKey { seed, step: 0, stream: stream_of(module) };
+        let bound = 1.0 / (width as f32).sqrt();
+        let values: Vec<f32> =
+            (0..(shape.rank * width) as u64).map(|i| (2.0 * key.uniform(i) - 1.0) * bound).collect();
+        let a = Tensor::from_slice(&device, Category::Parameters, &[shape.rank, width], &values)?;
+        let b = Tensor::zeros(&device, Category::Parameters, DType::F32, &[features, shape.rank])?;
+        linear.lora = Some(Lora {
+            a: Weight::Trainable(Parameter::new(key_of(module, "A"), a)),
+            b: Weight::Trainable(Parameter::new(key_of(module, "B"), b)),
+            scale: shape.scale as f32,
+            dropout: config.lora_dropout as f32,
+            stream: stream_of(module),
+        });
+        names.push(module.to_owned());
+        Ok(())
+    })?;
+    if names.is_empty() {
+        return Err(Error::Usage(format!(
+            "target modules {} match none of the model's linear layers",
+            config.target_modules
+        )));
+    }
+    Ok(names)
+}
+
+/// The two halves of one module's adapter.
+pub struct AdapterPart {
+    /// R.
+    pub rank: usize,
+    /// s.
+    pub scale: f64,
+    /// A \[R, D\].
+    pub a: Vec<f32>,
+    /// B \[N, R\].
+    pub b: Vec<f32>,
+}
+
+/// Reads an adapter folder for a model whose linear layers have the given names and shapes \[N, D\].
+///
+/// # Errors
+/// [`Error::Checkpoint`] naming tensors that are missing, left over or of another shape; what reading returns.
+pub fn read(
+    folder: &Path,
+    linears: &[(String, [usize; 2])],
+) -> Result<(AdapterConfig, BTreeMap<String, AdapterPart>)> {
+    let config = AdapterConfig::open(&folder.join(CONFIG_FILE))?;
+    let path = folder.join(WEIGHTS_FILE);
+    let file = SafetensorsFile::open(&path)?;
+    let mut left: BTreeSet<&str> = file.tensors().iter().map(|info| info.name.as_str()).collect();
+    let (mut faults, mut parts) = (Faults::default(), BTreeMap::new());
+    let (matcher, mut targeted) = (config.matcher()?, 0);
+    for (module, [features, width]) in linears {
+        let Some(shape) = matcher.target(module, true, false) else { continue };
+        targeted += 1;
+        let mut half = |letter: &str, expected: [usize; 2]| -> Result<Option<Vec<f32>>> {
+            let name = key_of(module, letter);
+            left.remove(name.as_str());
+            match file.info(&name) {
+                None => faults.add(format!("tensor `{name}` {expected:?} is missing")),
+                Some(info) if info.shape != expected => {
+                    faults.add(format!("tensor `{name}` has shape {:?}, expected {expected:?}", info.shape));
+                }
+                Some(_) => return Ok(Some(file.read_f32(&name)?)),
+            }
+            Ok(None)
+        };
+        if let (Some(a), Some(b)) = (half("A", [shape.rank, *width])?, half("B", [*features, shape.rank])?) {
+            parts.insert(module.clone(), AdapterPart { rank: shape.rank, scale: shape.scale, a, b });
+        }
+    }
+    if targeted == 0 {
+        return Err(Error::Usage(format!(
+            "`{}`: target modules {} match none of the model's linear layers",
+            folder.display(),
+            config.target_modules
+        )));
+    }
+    for name in left {
+        faults.add(format!("tensor `{name}` belongs to no targeted module"));
+    }
+    faults.into_result(&path)?;
+    Ok((config, parts))
+}
+
+/// Puts an adapter folder onto a decoder; `trainable` says whether its tensors become parameters.
+///
+/// # Errors
+/// As [`read`]; out of memory.
+pub fn load(decoder: &mut Decoder, folder: &Path, trainable: bool) -> Result<AdapterConfig> {
+    let shapes: Vec<_> = decoder
+        .linears()
+        .into_iter()
+        .map(|(module, linear)| (module, <[usize; 2]>::from(dimensions(linear))))
+        .collect();
+    let (config, mut parts) = read(folder, &shapes)?;
+    let device = decoder.device().clone();
+    decoder.change_linears(|module, linear| {
+        let Some(part) = parts.remove(module) else { return Ok(()) };
+        let (features, width) = dimensions(linear);
+        let weight = |letter: &str, shape: [usize; 2], values: &[f32]| -> Result<Weight> {
+            let category = if trainable { Category::Parameters } else { Category::Weights };
+            let tensor = Tensor::from_slice(&device, category, &shape, values)?;
+            Ok(match trainable {
+                true => Weight::Trainable(Parameter::new(key_of(module, letter), tensor)),
+                false => Weight::Frozen(tensor),
+            })
+        };
+        linear.lora = Some(Lora {
+            a: weight("A", [part.rank, width], &part.a)?,
+            b: weight("B", [features, part.rank], &part.b)?,
+            scale: part.scale as f32,
+            dropout: config.lora_dropout as f32,
+            stream: stream_of(module),
+        });
+        Ok(())
+    })?;
+    Ok(config)
+}
+
+/// The base model that an adapter names, `None` when it names none.
+///
+/// # Errors
+/// What reading the configuration returns.
+pub fn base_model_of(folder: &Path) -> Result<Option<String>> {
+    Ok(AdapterConfig::open(&folder.join(CONFIG_FILE))?.base_model_name_or_path)
+}
+
+/// The adapter's tensors as PEFT names them, in a fixed order.
+pub fn tensors(decoder: &Decoder) -> Vec<(String, Tensor)> {
+    let each = decoder.linears().into_iter();
+    each.filter_map(|(module, linear)| linear.lora.as_ref().map(|lora| (module, lora)))
+        .flat_map(|(module, lora)| {
+            [(key_of(&module, "A"), lora.a.value()), (key_of(&module, "B"), lora.b.value())]
+        })
+        .collect()
+}
+
+/// The name that PEFT gives to one half of a module's adapter.
+pub fn key_of(module: &str, letter: &str) -> String {
+    format!("base_model.model.{module}.lora_{letter}.weight")
+}
+
+fn dimensions(linear: &Linear) -> (usize, usize) {
+    let shape = linear.weight.shape();
+    (shape[0], shape[1])
+}

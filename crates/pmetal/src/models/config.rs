@@ -1,0 +1,239 @@
+//! Reading a model's `config.json`: typed fields with ranges, and a record of what was looked at.
+
+use std::cell::RefCell;
+use std::collections::BTreeSet;
+
+use serde_json::{Map, Value};
+
+use crate::error::{Error, Result};
+
+/// Sizes in a configuration stay below this, so that products of three of them fit 128 bits.
+const LARGEST_SIZE: u64 = 1 << 31;
+
+/// Fields that say nothing about the mathematics of a forward pass.
+const WITHOUT_EFFECT: &[&str] = &[
+    "_name_or_path",
+    "architectures",
+    "attention_dropout",
+    "attn_implementation",
+    "_attn_implementation",
+    "auto_map",
+    "bos_token_id",
+    "cache_implementation",
+    "dtype",
+    "eos_token_id",
+    "initializer_range",
+    "is_llama_config",
+    "keys_to_ignore_at_inference",
+    "max_sequence_length",
+    "model_type",
+    "pad_token_id",
+    "pretraining_tp",
+    "rope_interleaved",
+    "tokenizer_class",
+    "torch_dtype",
+    "transformers.js_config",
+    "transformers_version",
+    "unk_token_id",
+    "unsloth_fixed",
+    "use_cache",
+];
+
+/// The fields of a `config.json`.
+pub struct Config {
+    fields: Map<String, Value>,
+    seen: RefCell<BTreeSet<String>>,
+}
+
+impl Config {
+    /// Wraps a parsed file.
+    ///
+    /// # Errors
+    /// [`Error::Config`] when the value is not an object.
+    pub fn new(value: Value) -> Result<Self> {
+        match value {
+            Value::Object(fields) => Ok(Self { fields, seen: RefCell::default() }),
+            other => Err(Error::Config(format!("expected an object, found {}", kind(&other)))),
+        }
+    }
+
+    /// A field, `None` when absent or null; marks it as looked at.
+    pub fn get(&self, name: &str) -> Option<&Value> {
+        self.seen.borrow_mut().insert(name.to_owned());
+        self.fields.get(name).filter(|value| !value.is_null())
+    }
+
+    /// The model type that selects the family.
+    ///
+    /// # Errors
+    /// [`Error::Config`] when the field is missing or no string.
+    pub fn model_type(&self) -> Result<&str> {
+        let value = self.get("model_type").ok_or_else(|| missing("model_type"))?;
+        value.as_str().ok_or_else(|| wrong("model_type", value, "a string"))
+    }
+
+    /// A size of at least one.
+    ///
+    /// # Errors
+    /// [`Error::Config`] when the field is missing, zero, negative, fractional or absurdly large.
+    pub fn size(&self, name: &str) -> Result<usize> {
+        self.optional_size(name)?.ok_or_else(|| missing(name))
+    }
+
+    /// As [`Self::size`], `None` when absent.
+    ///
+    /// # Errors
+    /// As [`Self::size`], but for a missing field.
+    pub fn optional_size(&self, name: &str) -> Result<Option<usize>> {
+        match self.optional_count(name)? {
+            Some(0) => {
+                Err(Error::Config(format!("`{name}` is 0, expected a whole number from 1 to 2147483647")))
+            }
+            count => Ok(count),
+        }
+    }
+
+    /// As [`Self::optional_size`], but zero is a value like others.
+    ///
+    /// # Errors
+    /// [`Error::Config`] when the field is negative, fractional or absurdly large.
+    pub fn optional_count(&self, name: &str) -> Result<Option<usize>> {
+        let Some(value) = self.get(name) else { return Ok(None) };
+        // Some writers store whole numbers as floats.
+        let whole = value.as_u64().or_else(|| {
+            value
+                .as_f64()
+                .filter(|number| number.fract() == 0.0 && *number >= 0.0)
+                .map(|number| number as u64)
+        });
+        match whole {
+            Some(size) if size < LARGEST_SIZE => Ok(Some(size as usize)),
+            _ => Err(wrong(name, value, "a whole number up to 2147483647")),
+        }
+    }
+
+    /// A finite number.
+    ///
+    /// # Errors
+    /// [`Error::Config`] when the field is present and no finite number.
+    pub fn number(&self, name: &str, default: f64) -> Result<f64> {
+        let Some(value) = self.get(name) else { return Ok(default) };
+        // The kernels compute in f32, where 1e300 would be infinite.
+        let number = value.as_f64().filter(|number| (*number as f32).is_finite());
+        number.ok_or_else(|| wrong(name, value, "a number within the range of f32"))
+    }
+
+    /// A finite number above zero.
+    ///
+    /// # Errors
+    /// As [`Self::number`], and for zero and below.
+    pub fn positive(&self, name: &str, default: f64) -> Result<f64> {
+        let number = self.number(name, default)?;
+        if number.is_finite() && number as f32 > 0.0 {
+            return Ok(number);
+        }
+        Err(Error::Config(format!("`{name}` is {number}, it must be a number above zero")))
+    }
+
+    /// A truth value.
+    ///
+    /// # Errors
+    /// [`Error::Config`] when the field is present and neither true nor false.
+    pub fn flag(&self, name: &str, default: bool) -> Result<bool> {
+        let Some(value) = self.get(name) else { return Ok(default) };
+        value.as_bool().ok_or_else(|| wrong(name, value, "true or false"))
+    }
+
+    /// A string.
+    ///
+    /// # Errors
+    /// [`Error::Config`] when the field is present and no string.
+    pub fn text(&self, name: &str, default: &'static str) -> Result<String> {
+        let Some(value) = self.get(name) else { return Ok(default.to_owned()) };
+        value.as_str().map(str::to_owned).ok_or_else(|| wrong(name, value, "a string"))
+    }
+
+    /// An object as a configuration of its own, `None` when absent.
+    ///
+    /// # Errors
+    /// [`Error::Config`] when the field is present and no object.
+    pub fn object(&self, name: &str) -> Result<Option<Self>> {
+        self.get(name)
+            .map(|value| {
+                if value.is_object() {
+                    Self::new(value.clone())
+                } else {
+                    Err(wrong(name, value, "an object"))
+                }
+            })
+            .transpose()
+    }
+
+    /// One entry per layer from a list of strings, `None` when absent.
+    ///
+    /// # Errors
+    /// [`Error::Config`] when the list has another length or holds something else.
+    pub fn layer_strings(&self, name: &str, layers: usize) -> Result<Option<Vec<String>>> {
+        let Some(value) = self.get(name) else { return Ok(None) };
+        let list = value.as_array().ok_or_else(|| wrong(name, value, "a list"))?;
+        if list.len() != layers {
+            return Err(Error::Config(format!("`{name}` has {} entries for {layers} layers", list.len())));
+        }
+        let strings = list.iter().map(|entry| {
+            entry.as_str().map(str::to_owned).ok_or_else(|| wrong(name, entry, "a list of strings"))
+        });
+        strings.collect::<Result<Vec<_>>>().map(Some)
+    }
+
+    /// A list of finite positive numbers, `None` when absent.
+    ///
+    /// # Errors
+    /// [`Error::Config`] when the field holds anything else.
+    pub fn numbers(&self, name: &str) -> Result<Option<Vec<f64>>> {
+        let Some(value) = self.get(name) else { return Ok(None) };
+        let list = value.as_array().ok_or_else(|| wrong(name, value, "a list of numbers"))?;
+        let numbers = list.iter().map(|entry| {
+            entry
+                .as_f64()
+                .filter(|number| number.is_finite() && *number > 0.0)
+                .ok_or_else(|| wrong(name, entry, "a list of numbers above zero"))
+        });
+        numbers.collect::<Result<Vec<_>>>().map(Some)
+    }
+
+    /// The names of all fields, in the order of the file.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.fields.keys().map(String::as_str)
+    }
+
+    /// Fields that nothing looked at and that are not known to be without effect.
+    pub fn unread(&self) -> Vec<String> {
+        let seen = self.seen.borrow();
+        let known = |name: &&String| seen.contains(*name) || WITHOUT_EFFECT.contains(&name.as_str());
+        self.fields
+            .iter()
+            .filter(|(name, value)| !value.is_null() && !known(name))
+            .map(|(name, _)| name.clone())
+            .collect()
+    }
+}
+
+fn kind(value: &Value) -> &'static str {
+    match value {
+        Value::Null => "null",
+        Value::Bool(_) => "a truth value",
+        Value::Number(_) => "a number",
+        Value::String(_) => "a string",
+        Value::Array(_) => "a list",
+        Value::Object(_) => "an object",
+    }
+}
+
+fn missing(name: &str) -> Error {
+    Error::Config(format!("`{name}` is missing"))
+}
+
+fn wrong(name: &str, value: &Value, expected: &str) -> Error {
+    let shown: String = value.to_string().chars().take(60).collect();
+    Error::Config(format!("`{name}` is {shown}, expected {expected}"))
+}

@@ -1,0 +1,17 @@
+//! Qwen 2 and 2.5: biases on q, k and v.
+
+use super::{Family, plain, qwen_windows};
+use crate::error::Result;
+use crate::models::config::Config;
+use crate::models::spec::Spec;
+
+pub(super) const FAMILY: Family = Family { model_type: "qwen2", read };
+
+fn read(config: &Config) -> Result<Spec> {
+    let mut spec = plain("qwen2", config, None)?;
+    for layer in &mut spec.layers {
+        layer.attention.input_bias = true;
+    }
+    qwen_windows(&mut spec, config)?;
+    Ok(spec)
+}

@@ -1,0 +1,15 @@
+//! Model families as values, and the one decoder that computes them.
+
+pub mod cache;
+pub mod config;
+pub mod decoder;
+pub mod families;
+pub mod loader;
+pub mod rope;
+pub mod spec;
+
+pub use cache::KeyValueCache;
+pub use config::Config;
+pub use decoder::{Decoder, Document, Forward, TokenRun};
+pub use loader::{LoadOptions, LoadedModel};
+pub use spec::{Spec, StepShape};

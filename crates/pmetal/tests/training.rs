@@ -1,0 +1,363 @@
+//! Steps of training: how a batch is divided changes nothing, documents do not see each other, and the optimizer,
+//! clipping and the loss agree with PyTorch.
+#![allow(clippy::unwrap_used, clippy::panic)] // a test that fails may panic, also in its helpers
+
+use std::path::Path;
+
+use pmetal::engine::device::{AdamWParameters, CrossEntropyParameters};
+use pmetal::engine::ops::{self, AdamWState};
+use pmetal::engine::random::RandomKey;
+use pmetal::engine::{Category, DType, Device, Parameter, Tape, Tensor, Weight};
+use pmetal::formats::adapter::AdapterConfig;
+use pmetal::lora;
+use pmetal::models::loader::{self, LoadOptions};
+use pmetal::models::{Decoder, Forward, TokenRun};
+use pmetal::trainer::learner::{Learner, MicroBatch, OptimizerSettings, clipping_scale};
+
+/// Fixtures whose attention or rotation could let documents mix: full, windows of three families, rotations that
+/// depend on the document's length.
+const MODELS: [&str; 6] =
+    ["llama2", "mistral-window", "qwen2-window", "qwen3-window", "llama-rope-longrope", "llama-rope-dynamic"];
+
+fn decoder(name: &str, train_all: bool) -> Decoder {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures").join(name);
+    let (checkpoint, config) = loader::open(&folder).unwrap();
+    let options = LoadOptions { dtype: DType::F32, train_all };
+    let mut decoder = loader::load(&checkpoint, &config, &Device::cpu(), options).unwrap().decoder;
+    if !train_all {
+        // Random A and B, so that every gradient has a value.
+        lora::load(&mut decoder, &folder.join("adapter"), true).unwrap();
+    }
+    decoder
+}
+
+/// A row: its tokens and its targets, of which only some are trained.
+#[derive(Clone)]
+struct Row {
+    ids: Vec<u32>,
+    labels: Vec<i32>,
+}
+
+/// Eight rows of unequal lengths, longer and shorter than the windows, with unequal shares of trained tokens; row 5
+/// trains nothing.
+fn rows() -> Vec<Row> {
+    let lengths = [31, 3, 17, 9, 26, 12, 2, 21];
+    let rows = lengths.iter().enumerate().map(|(number, &length)| {
+        let key = RandomKey { seed: 11, step: number as u32, stream: 0 };
+        let ids: Vec<u32> = (0..length as u64).map(|index| key.word(index) % 64).collect();
+        let share = [0.9, 1.0, 0.2, 0.6, 0.05, 0.0, 1.0, 0.5][number];
+        let label = |t: usize| {
+            let trained = t + 1 < length && (t == 0 || key.uniform(100 + t as u64) < share) && share > 0.0;
+            if trained { ids[t + 1] as i32 } else { -100 }
+        };
+        let labels = (0..length).map(label).collect();
+        Row { ids, labels }
+    });
+    rows.collect()
+}
+
+/// Rows as the documents of one forward pass.
+fn packed(rows: &[Row]) -> MicroBatch {
+    let ids = rows.iter().flat_map(|row| row.ids.iter().copied()).collect();
+    let lengths: Vec<usize> = rows.iter().map(|row| row.ids.len()).collect();
+    let labels = rows.iter().flat_map(|row| row.labels.iter().copied()).collect();
+    MicroBatch { run: TokenRun::documents(ids, &lengths), labels, rows: (0..rows.len()).collect() }
+}
+
+/// Loss and all gradients of the first step: AdamW's first moment is a tenth of them.
+fn gradients(name: &str, train_all: bool, batches: &[MicroBatch]) -> (f64, Vec<(String, Vec<f32>)>) {
+    let settings = OptimizerSettings { max_gradient_norm: 0.0, ..OptimizerSettings::default() };
+    let mut learner = Learner::new(decoder(name, train_all), settings).unwrap();
+    let report = learner.step(0, 1e-3, batches).unwrap();
+    let moments = learner.state_tensors().into_iter().filter(|(name, _)| name.starts_with("first."));
+    (report.loss, moments.map(|(name, tensor)| (name, tensor.to_f32_vec())).collect())
+}
+
+/// 2-norm of the difference over the 2-norm, over all tensors together.
+fn relative_error(actual: &[(String, Vec<f32>)], expected: &[(String, Vec<f32>)]) -> f64 {
+    let (mut error, mut norm) = (0.0, 0.0);
+    for ((_, actual), (_, expected)) in actual.iter().zip(expected) {
+        for (a, b) in actual.iter().zip(expected) {
+            error += (f64::from(*a) - f64::from(*b)).powi(2);
+            norm += f64::from(*b).powi(2);
+        }
+    }
+    assert!(norm > 0.0, "all gradients are zero");
+    (error / norm).sqrt()
+}
+
+#[test]
+fn loss_and_gradients_do_not_depend_on_how_rows_are_divided() {
+    for (name, train_all) in [("llama2", false), ("mistral-window", false), ("qwen3-window", true)] {
+        let rows = rows();
+        let (loss, expected) = gradients(name, train_all, &[packed(&rows)]);
+        for size in [4, 2, 1] {
+            let batches: Vec<MicroBatch> = rows.chunks(size).map(packed).collect();
+            let (other, actual) = gradients(name, train_all, &batches);
+            assert!((other - loss).abs() <= 1e-6 * loss, "{name}, {size} rows: {other} and {loss}");
+            let error = relative_error(&actual, &expected);
+            assert!(error <= 1e-6, "{name}, {size} rows: gradients differ by {error:.2e}");
+        }
+    }
+}
+
+#[test]
+fn a_mean_of_means_would_be_another_loss() {
+    let rows = rows();
+    let (loss, _) = gradients("llama2", false, &[packed(&rows)]);
+    let trained = rows.iter().filter(|row| row.labels.iter().any(|&label| label >= 0));
+    let losses: Vec<f64> =
+        trained.map(|row| gradients("llama2", false, &[packed(std::slice::from_ref(row))]).0).collect();
+    let mean = losses.iter().sum::<f64>() / losses.len() as f64;
+    assert!((mean - loss).abs() > 1e-2 * loss, "the rows are too alike to tell: {mean} and {loss}");
+}
+
+#[test]
+fn packed_rows_train_as_if_each_were_alone() {
+    for name in MODELS {
+        let rows = rows();
+        let alone: Vec<MicroBatch> = rows.chunks(1).map(packed).collect();
+        let (expected_loss, expected) = gradients(name, false, &alone);
+        let mut turned = rows.clone();
+        turned.reverse();
+        for order in [&rows, &turned] {
+            let (loss, actual) = gradients(name, false, &[packed(order)]);
+            assert!((loss - expected_loss).abs() <= 1e-6 * loss, "{name}: {loss} and {expected_loss}");
+            let error = relative_error(&actual, &expected);
+            assert!(error <= 1e-5, "{name}: gradients differ by {error:.2e}");
+        }
+    }
+}
+
+#[test]
+fn a_document_does_not_see_the_others() {
+    for name in MODELS {
+        let decoder = decoder(name, false);
+        let logits = |rows: &[Row]| {
+            let states = decoder.hidden(&Tape::off(), &packed(rows).run, Forward::default()).unwrap();
+            decoder.logits(&states.into_tensor()).unwrap().to_f32_vec()
+        };
+        let (rows, width) = (rows(), decoder.spec.vocabulary);
+        let before = logits(&rows);
+        let mut start = 0;
+        for changed in 0..rows.len() {
+            let end = start + rows[changed].ids.len();
+            // The first, and the last token of the document.
+            for place in [0, rows[changed].ids.len() - 1] {
+                let mut other = rows.clone();
+                other[changed].ids[place] = (other[changed].ids[place] + 17) % 64;
+                let after = logits(&other);
+                let same = |t: usize| {
+                    (t * width..(t + 1) * width).all(|i| before[i].to_bits() == after[i].to_bits())
+                };
+                for t in (0..before.len() / width).filter(|t| !(start..end).contains(t)) {
+                    assert!(same(t), "{name}: token {t} sees document {changed}");
+                }
+                assert!(!same(start + place), "{name}: document {changed} does not see itself");
+            }
+            start = end;
+        }
+    }
+}
+
+#[test]
+fn recomputed_activations_give_the_same_bits() {
+    for name in ["llama2", "qwen3-window"] {
+        let states: Vec<Vec<(String, Vec<u32>)>> = [false, true]
+            .into_iter()
+            .map(|checkpointing| {
+                let mut decoder = decoder(name, false);
+                decoder
+                    .change_linears(|_, linear| {
+                        linear.lora.iter_mut().for_each(|lora| lora.dropout = 0.3);
+                        Ok(())
+                    })
+                    .unwrap();
+                let settings = OptimizerSettings { checkpointing, ..OptimizerSettings::default() };
+                let mut learner = Learner::new(decoder, settings).unwrap();
+                for step in 0..3 {
+                    learner.step(step, 1e-2, &rows().chunks(3).map(packed).collect::<Vec<_>>()).unwrap();
+                }
+                let bits = |tensor: Tensor| tensor.to_f32_vec().into_iter().map(f32::to_bits).collect();
+                learner.state_tensors().into_iter().map(|(name, tensor)| (name, bits(tensor))).collect()
+            })
+            .collect();
+        assert!(states[0] == states[1], "{name}");
+    }
+}
+
+/// Peak bytes of activations of one step over 64 tokens with that many layers.
+fn activation_peak(layers: usize, checkpointing: bool) -> usize {
+    let config = serde_json::json!({
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 32, "intermediate_size": 64,
+        "num_hidden_layers": layers, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 64,
+        "max_position_embeddings": 128, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "hidden_act": "silu",
+        "tie_word_embeddings": true,
+    });
+    let (device, config) = (Device::cpu(), pmetal::models::Config::new(config).unwrap());
+    let options = LoadOptions { dtype: DType::F32, train_all: false };
+    let mut decoder = loader::random(&config, &device, options, 0).unwrap();
+    lora::attach(&mut decoder, &AdapterConfig::all_linear(4, 8.0), 0).unwrap();
+    let settings = OptimizerSettings { checkpointing, ..OptimizerSettings::default() };
+    let mut learner = Learner::new(decoder, settings).unwrap();
+    let ids: Vec<u32> = (0..64).map(|t| t * 7 % 64).collect();
+    let labels = (0..64).map(|t| if t < 63 { ids[t + 1] as i32 } else { -100 }).collect();
+    let batch = MicroBatch { run: TokenRun::single(&ids), labels, rows: vec![0] };
+    learner.step(0, 1e-3, &[batch]).unwrap();
+    device.memory().report().peak(Category::Activations)
+}
+
+#[test]
+fn recomputation_keeps_one_state_for_each_layer() {
+    let state = 64 * 32 * 4;
+    let (few, more, most) = (activation_peak(4, true), activation_peak(16, true), activation_peak(32, true));
+    assert_eq!(more - few, 12 * state, "bytes of 12 more layers");
+    assert_eq!(most - more, 16 * state, "bytes of 16 more layers");
+    let (few, most) = (activation_peak(4, false), activation_peak(32, false));
+    assert!(most - few > 28 * 4 * state, "without recomputation a layer keeps more than four states");
+}
+
+#[derive(serde::Deserialize)]
+struct Golden<T> {
+    cases: Vec<T>,
+}
+
+fn golden<T: serde::de::DeserializeOwned>(text: &str, at_least: usize) -> Vec<T> {
+    let golden: Golden<T> = serde_json::from_str(text).unwrap();
+    assert!(golden.cases.len() >= at_least);
+    golden.cases
+}
+
+fn parameter(name: &str, values: &[f32]) -> std::sync::Arc<Parameter> {
+    let tensor = Tensor::from_slice(&Device::cpu(), Category::Parameters, &[values.len()], values).unwrap();
+    Parameter::new(name, tensor)
+}
+
+fn set_gradient(parameter: &Parameter, values: &[f32]) {
+    parameter.clear_gradient();
+    let fill = |gradient: &mut Tensor| {
+        gradient.as_mut_slice::<f32>().copy_from_slice(values);
+        Ok(())
+    };
+    parameter.accumulate(fill).unwrap();
+}
+
+#[derive(serde::Deserialize)]
+struct AdamWCase {
+    betas: [f64; 2],
+    eps: f64,
+    lr: Vec<f64>,
+    tensors: Vec<AdamWTensor>,
+}
+
+#[derive(serde::Deserialize)]
+struct AdamWTensor {
+    name: String,
+    weight_decay: f64,
+    start: Vec<f32>,
+    gradients: Vec<Vec<f32>>,
+    after: Vec<Vec<f32>>,
+}
+
+#[test]
+fn fifty_steps_of_adamw_end_where_those_of_pytorch_end() {
+    for case in golden::<AdamWCase>(include_str!("data/adamw.json"), 2) {
+        for tensor in case.tensors {
+            let parameter = parameter(&tensor.name, &tensor.start);
+            let mut state = AdamWState::new(&parameter).unwrap();
+            assert_eq!(tensor.after.len(), 50);
+            for (step, rate) in case.lr.iter().enumerate() {
+                set_gradient(&parameter, &tensor.gradients[step]);
+                let constants = AdamWParameters {
+                    learning_rate: *rate,
+                    beta1: case.betas[0],
+                    beta2: case.betas[1],
+                    epsilon: case.eps,
+                    weight_decay: tensor.weight_decay,
+                    step: step as u32 + 1,
+                    gradient_scale: 1.0,
+                };
+                ops::adamw_step(&parameter, &mut state, &constants).unwrap();
+                for (ours, theirs) in parameter.value().to_f32_vec().iter().zip(&tensor.after[step]) {
+                    let error = (ours - theirs).abs();
+                    assert!(error <= 1e-6, "{} after step {step}: {ours} and {theirs}", tensor.name);
+                }
+            }
+        }
+    }
+}
+
+#[derive(serde::Deserialize)]
+struct ClippingCase {
+    title: String,
+    max_norm: f64,
+    total_norm: f64,
+    gradients: Vec<Vec<f32>>,
+    clipped: Vec<Vec<f32>>,
+}
+
+#[test]
+fn gradients_are_clipped_as_pytorch_clips_them() {
+    for case in golden::<ClippingCase>(include_str!("data/clipping.json"), 5) {
+        let parameters: Vec<_> = case.gradients.iter().map(|values| parameter("p", values)).collect();
+        for (parameter, values) in parameters.iter().zip(&case.gradients) {
+            set_gradient(parameter, values);
+        }
+        let norm = ops::global_norm(&parameters);
+        let title = &case.title;
+        assert!(
+            (norm - case.total_norm).abs() <= 1e-6 * case.total_norm,
+            "{title}: {norm}, {}",
+            case.total_norm
+        );
+        let scale = clipping_scale(norm, case.max_norm);
+        for (ours, theirs) in case.gradients.iter().flatten().zip(case.clipped.iter().flatten()) {
+            let error = (ours * scale - theirs).abs();
+            assert!(error <= 1e-6 * theirs.abs(), "{title}: {} and {theirs}", ours * scale);
+        }
+    }
+}
+
+#[test]
+fn a_limit_of_zero_clips_nothing() {
+    assert_eq!(clipping_scale(1e9, 0.0), 1.0);
+}
+
+#[derive(serde::Deserialize)]
+struct CrossEntropyCase {
+    title: String,
+    shape: [usize; 3],
+    logits: Vec<f32>,
+    labels: Vec<i32>,
+    loss_sum: f64,
+    trained_tokens: usize,
+    gradients: Vec<f32>,
+}
+
+#[test]
+fn cross_entropy_and_its_gradient_are_those_of_pytorch() {
+    for case in golden::<CrossEntropyCase>(include_str!("data/cross_entropy.json"), 5) {
+        let [rows, tokens, width] = case.shape;
+        let device = Device::cpu();
+        let tensor = |shape: &[usize], values: &[f32]| {
+            Tensor::from_slice(&device, Category::Activations, shape, values).unwrap()
+        };
+        // With the identity as head, hidden states are logits.
+        let identity: Vec<f32> =
+            (0..width * width).map(|i| if i / width == i % width { 1.0 } else { 0.0 }).collect();
+        let head = Weight::Frozen(tensor(&[width, width], &identity));
+        let target = |i: usize| if (i + 1).is_multiple_of(tokens) { -100 } else { case.labels[i + 1] };
+        let labels: Vec<i32> = (0..rows * tokens).map(target).collect();
+        let tape = Tape::recording();
+        let hidden = tape.leaf(tensor(&[rows * tokens, width], &case.logits));
+        let parameters = CrossEntropyParameters { logit_scale: 1.0, softcap: None, gradient_scale: 1.0 };
+        let loss = ops::linear_cross_entropy(&tape, &hidden, &head, &labels, &parameters).unwrap();
+        let title = &case.title;
+        assert_eq!(loss.tokens, case.trained_tokens, "{title}");
+        let error = (loss.sum - case.loss_sum).abs();
+        assert!(error <= 1e-6 * case.loss_sum.max(1.0), "{title}: {} and {}", loss.sum, case.loss_sum);
+        for (ours, theirs) in loss.d_hidden.unwrap().to_f32_vec().iter().zip(&case.gradients) {
+            assert!((ours - theirs).abs() <= 1e-6, "{title}: gradient {ours} and {theirs}");
+        }
+    }
+}
