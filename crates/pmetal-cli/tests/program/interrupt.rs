@@ -1,0 +1,92 @@
+//! Ctrl-C and SIGTERM: a checkpoint, an exit code, a way to go on.
+
+use std::process::{Child, Stdio};
+use std::time::{Duration, Instant};
+
+use crate::support::{Done, Sandbox, signal, wait_for};
+
+/// Far more steps than a test waits for, and no checkpoint of its own for long.
+const LONG: [&str; 4] = ["--max-steps", "20000", "--save-every", "20000"];
+
+/// A run that has made some steps.
+fn running(sandbox: &Sandbox, output: &str, more: &[&str]) -> Child {
+    let mut command = sandbox.command(&sandbox.training(output, more));
+    let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let metrics = sandbox.path(output).join("metrics.jsonl");
+    wait_for("the third step", || {
+        std::fs::read_to_string(&metrics).is_ok_and(|text| text.matches("\"step\":").count() >= 3)
+    });
+    child
+}
+
+fn stopped_by(name: &str, code: i32) {
+    let sandbox = Sandbox::new();
+    let child = running(&sandbox, "run", &LONG);
+    signal(&child, name);
+    let start = Instant::now();
+    let done = Done::of(child.wait_with_output().unwrap());
+    assert_eq!(done.code, Some(code), "{}", done.stderr);
+    assert!(start.elapsed() < Duration::from_secs(10));
+    let steps = sandbox.checkpoints("run");
+    let [step] = steps[..] else { panic!("checkpoints of the steps {steps:?}") };
+    for words in [format!("stopped after {step} of 20000"), "go on with:".to_owned(), "--resume".to_owned()] {
+        assert!(done.stderr.contains(&words), "`{words}` is not in\n{}", done.stderr);
+    }
+    assert!(!sandbox.path("run/adapter").exists(), "an adapter that is not done");
+    let manifest = sandbox.read(&format!("run/checkpoints/step-{step:06}/manifest.json"));
+    assert!(manifest.contains(&format!("\"step\": {step}")), "{manifest}");
+}
+
+#[test]
+fn ctrl_c_ends_a_run_with_130_and_a_checkpoint() {
+    stopped_by("INT", 130);
+}
+
+#[test]
+fn sigterm_ends_a_run_with_143_and_a_checkpoint() {
+    stopped_by("TERM", 143);
+}
+
+#[test]
+fn an_interrupted_run_goes_on_to_the_same_bytes() {
+    let sandbox = Sandbox::new();
+    // Slow enough to be caught in the middle: a checkpoint after every step.
+    let settings = ["--max-steps", "120", "--save-every", "1", "--lora-dropout", "0.1"];
+    sandbox.train("whole", &settings).ok();
+    let more = [&settings[..], &["--resume"]].concat();
+    for (name, code) in [("INT", 130), ("TERM", 143)] {
+        let child = running(&sandbox, name, &settings);
+        signal(&child, name);
+        assert_eq!(Done::of(child.wait_with_output().unwrap()).code, Some(code));
+        sandbox.train(name, &more).ok();
+        assert!(sandbox.adapter(name) == sandbox.adapter("whole"), "{name}");
+        assert_eq!(sandbox.steps(name).len(), 120);
+    }
+}
+
+#[test]
+fn a_second_signal_ends_at_once() {
+    let sandbox = Sandbox::new();
+    // Steps of seconds, so that the first signal cannot be answered yet.
+    let slow = [
+        "--max-steps",
+        "2000",
+        "--save-every",
+        "1",
+        "--batch-size",
+        "64",
+        "--gradient-accumulation-steps",
+        "1024",
+    ];
+    let mut command = sandbox.command(&sandbox.training("run", &slow));
+    let child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    wait_for("the run", || sandbox.path("run/run.toml").exists());
+    signal(&child, "INT");
+    std::thread::sleep(Duration::from_millis(50));
+    let start = Instant::now();
+    signal(&child, "INT");
+    let status = child.wait_with_output().unwrap().status;
+    assert_eq!(status.code(), Some(130));
+    assert!(start.elapsed() < Duration::from_millis(500), "it took {:?}", start.elapsed());
+    assert_eq!(sandbox.checkpoints("run"), Vec::<u64>::new(), "the step was finished after all");
+}
