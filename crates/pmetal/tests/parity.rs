@@ -108,6 +108,7 @@ fn a_wrong_number_is_missed_and_nothing_else() {
     // Far below what a reader would see, and above the tolerance of each quantity.
     let planted = [
         ("logits", 3, 2e-3),
+        // Judged by the 2-norm of its row, which one number moves little.
         ("hidden.1", 5, 1e-2),
         ("loss", 0, 1e-3),
         ("grad.model.norm.weight", 0, 1e-1),
