@@ -8,7 +8,7 @@
 //!
 //! In f32, logits are judged by their largest error as a share of their standard deviation. Hidden states are judged
 //! row by row, the 2-norm of the error over that of the row: trained models hold a few tokens whose states are
-//! thousands of times as long as all others, whose rounding would drown a common measure.
+//! hundreds of times as long as all others, whose rounding would drown a common measure.
 
 use std::collections::BTreeMap;
 use std::path::Path;
