@@ -116,30 +116,39 @@ pub fn write_adapter(
     Ok(())
 }
 
+/// Names and shapes of tensors, as f32.
+pub(super) fn specs_of(tensors: &[(String, pmetal_engine::Tensor)]) -> Vec<TensorSpec> {
+    let spec = |(name, tensor): &(String, pmetal_engine::Tensor)| TensorSpec {
+        name: name.clone(),
+        dtype: DType::F32,
+        shape: tensor.shape().to_vec(),
+    };
+    tensors.iter().map(spec).collect()
+}
+
+/// Writes a safetensors file of f32 values, one tensor at a time.
+pub(super) fn stream_tensors(
+    writer: &mut dyn std::io::Write,
+    tensors: &[(String, pmetal_engine::Tensor)],
+    metadata: &BTreeMap<String, String>,
+) -> pmetal_formats::Result<()> {
+    let mut stream = SafetensorsWriter::begin(writer, specs_of(tensors), metadata)?;
+    while let Some(next) = stream.next_tensor() {
+        let tensor = tensors.iter().find(|(name, _)| *name == next.name).map(|(_, tensor)| tensor);
+        let values = tensor.map(pmetal_engine::Tensor::to_f32_vec).unwrap_or_default();
+        let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+        stream.write_tensor(&bytes)?;
+    }
+    stream.finish()
+}
+
 fn write_tensors(
     commit: &mut DirectoryCommit<'_>,
     file: &str,
     tensors: &[(String, pmetal_engine::Tensor)],
 ) -> Result<()> {
-    let specs = tensors
-        .iter()
-        .map(|(name, tensor)| TensorSpec {
-            name: name.clone(),
-            dtype: DType::F32,
-            shape: tensor.shape().to_vec(),
-        })
-        .collect();
     let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
-    commit.write_with(file, |writer| {
-        let mut stream = SafetensorsWriter::begin(writer, specs, &metadata)?;
-        while let Some(next) = stream.next_tensor() {
-            let tensor = tensors.iter().find(|(name, _)| *name == next.name).map(|(_, tensor)| tensor);
-            let values = tensor.map(pmetal_engine::Tensor::to_f32_vec).unwrap_or_default();
-            let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
-            stream.write_tensor(&bytes)?;
-        }
-        stream.finish()
-    })?;
+    commit.write_with(file, |writer| stream_tensors(writer, tensors, &metadata))?;
     Ok(())
 }
 

@@ -3,16 +3,17 @@
 //! Everything that a step depends on is a pure function of the configuration, the data and the step's number, so a
 //! run that was killed goes on from its newest checkpoint to the same bits.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use pmetal_formats::DType;
 use pmetal_formats::fs::Fs;
-use pmetal_formats::safetensors::{SafetensorsWriter, TensorSpec};
+use pmetal_formats::safetensors::SafetensorsWriter;
 use serde::{Deserialize, Serialize};
 
+use super::artefacts::{specs_of, stream_tensors};
 use super::checkpoint::{Checkpoint, CheckpointStore, Identity, Latest, NewFile};
 use super::learner::{Learner, MicroBatch};
 use super::metrics::{EvalRecord, Header, MetricsWriter, Record, StepRecord};
@@ -238,25 +239,9 @@ impl<'a> TrainingRun<'a> {
     fn checkpoint(&mut self, step: usize, watch: &mut dyn FnMut(Event<'_>) -> Result<()>) -> Result<()> {
         self.metrics.sync()?;
         let tensors = self.learner.state_tensors();
-        let specs: Vec<TensorSpec> = tensors
-            .iter()
-            .map(|(name, tensor)| TensorSpec {
-                name: name.clone(),
-                dtype: DType::F32,
-                shape: tensor.shape().to_vec(),
-            })
-            .collect();
-        let bytes = SafetensorsWriter::file_bytes(&specs, &Default::default())?;
-        let file = NewFile::streamed(STATE_FILE, bytes, |writer| {
-            let mut stream = SafetensorsWriter::begin(writer, specs, &Default::default())?;
-            while let Some(next) = stream.next_tensor() {
-                let tensor = tensors.iter().find(|(name, _)| *name == next.name).map(|(_, tensor)| tensor);
-                let values = tensor.map(pmetal_engine::Tensor::to_f32_vec).unwrap_or_default();
-                let data: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
-                stream.write_tensor(&data)?;
-            }
-            stream.finish()
-        });
+        let metadata = BTreeMap::new();
+        let bytes = SafetensorsWriter::file_bytes(&specs_of(&tensors), &metadata)?;
+        let file = NewFile::streamed(STATE_FILE, bytes, |writer| stream_tensors(writer, &tensors, &metadata));
         let path = self.store.save(step as u64, &self.plan.identity, vec![file], &self.progress)?;
         self.store.prune(self.plan.keep_checkpoints.max(1), &[])?;
         watch(Event::Checkpoint(step, path))
