@@ -68,7 +68,7 @@ pub(crate) fn run(arguments: TrainArguments) -> anyhow::Result<ExitCode> {
     let run_file = output.join(RUN_FILE);
     pmetal::formats::atomic::write_file(&*fs, &run_file, resolved.to_run_toml().as_bytes())
         .map_err(Error::from)?;
-    artefacts::drop_samples_after(&*fs, &output, training.first_step())?;
+    artefacts::drop_samples_from(&*fs, &output, training.next_due_step())?;
     let outcome = training.run(&mut show)?;
     let learner = training.learner();
     match outcome {

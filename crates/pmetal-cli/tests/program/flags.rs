@@ -28,6 +28,11 @@ fn evaluations(sandbox: &Sandbox, output: &str) -> usize {
     sandbox.metrics(output).iter().filter(|record| record["kind"] == "eval").count()
 }
 
+fn first_evaluation(sandbox: &Sandbox, output: &str) -> f64 {
+    let records = sandbox.metrics(output);
+    records.iter().find(|record| record["kind"] == "eval").unwrap()["eval_loss"].as_f64().unwrap()
+}
+
 fn samples(sandbox: &Sandbox, output: &str) -> Vec<Value> {
     if !sandbox.path(output).join("samples.jsonl").exists() {
         return Vec::new();
@@ -97,6 +102,15 @@ fn cases() -> Vec<Case> {
             Folder(|s, plain, changed| evaluations(s, plain) == 0 && evaluations(s, changed) > 0),
         ),
         ("eval_fraction", &[], &["--eval-fraction", "0.5"], Adapter),
+        (
+            "eval_max_examples",
+            HELD_OUT,
+            &["--eval-max-examples", "1"],
+            Folder(|s, plain, changed| {
+                let losses = [first_evaluation(s, plain), first_evaluation(s, changed)];
+                evaluations(s, plain) == evaluations(s, changed) && losses[0] != losses[1]
+            }),
+        ),
         (
             "eval_every",
             HELD_OUT,

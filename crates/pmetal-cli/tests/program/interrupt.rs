@@ -3,7 +3,9 @@
 use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
-use crate::support::{Done, Sandbox, signal, wait_for};
+use serde_json::Value;
+
+use crate::support::{Done, Sandbox, signal, text_rows, wait_for, without_clock};
 
 /// Far more steps than a test waits for, and no checkpoint of its own for long.
 const LONG: [&str; 4] = ["--max-steps", "20000", "--save-every", "20000"];
@@ -89,4 +91,68 @@ fn a_second_signal_ends_at_once() {
     assert_eq!(status.code(), Some(130));
     assert!(start.elapsed() < Duration::from_millis(500), "it took {:?}", start.elapsed());
     assert_eq!(sandbox.checkpoints("run"), Vec::<u64>::new(), "the step was finished after all");
+}
+
+/// Evaluations of seconds, at the steps 0, 2 and 4, of which the last two are the run's own checkpoints.
+const SLOWLY_EVALUATED: [&str; 14] = [
+    "--max-steps",
+    "4",
+    "--eval-dataset",
+    "held_out.jsonl",
+    "--eval-every",
+    "2",
+    "--save-every",
+    "2",
+    "--sample-prompt",
+    "Once",
+    "--sample-every",
+    "2",
+    "--sample-max-tokens",
+    "3",
+];
+
+/// Interrupts a run in the middle of the evaluation that follows `step`.
+fn interrupted_in_evaluation(sandbox: &Sandbox, output: &str, step: u64, more: &[&str]) {
+    let mut command = sandbox.command(&sandbox.training(output, more));
+    let child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+    let metrics = sandbox.path(output).join("metrics.jsonl");
+    let report = format!("{{\"kind\":\"step\",\"step\":{step},");
+    wait_for("the step", || {
+        std::fs::read_to_string(&metrics).is_ok_and(|text| step == 0 || text.contains(&report))
+    });
+    std::thread::sleep(Duration::from_millis(100));
+    signal(&child, "INT");
+    let start = Instant::now();
+    let done = Done::of(child.wait_with_output().unwrap());
+    assert_eq!(done.code, Some(130), "{}", done.stderr);
+    assert!(start.elapsed() < Duration::from_secs(2), "it took {:?}", start.elapsed());
+    let evaluated = |record: &Value| record["kind"] == "eval" && record["step"] == step;
+    assert!(!sandbox.metrics(output).iter().any(evaluated), "the evaluation was finished after all");
+    assert_eq!(sandbox.checkpoints(output).last().copied(), (step > 0).then_some(step));
+}
+
+#[test]
+fn an_evaluation_that_was_interrupted_is_made_again() {
+    let sandbox = Sandbox::new();
+    sandbox.write("held_out.jsonl", &text_rows(1200));
+    let start = Instant::now();
+    sandbox.train("whole", &SLOWLY_EVALUATED).ok();
+    assert!(start.elapsed() > Duration::from_millis(900), "the evaluations are too fast to be caught");
+    let resumed = [&SLOWLY_EVALUATED[..], &["--resume"]].concat();
+    interrupted_in_evaluation(&sandbox, "run", 0, &SLOWLY_EVALUATED);
+    // The last one too, after which no step follows.
+    for step in [2, 4] {
+        interrupted_in_evaluation(&sandbox, "run", step, &resumed);
+    }
+    sandbox.train("run", &resumed).ok();
+    assert!(sandbox.adapter("run") == sandbox.adapter("whole"));
+    let (ours, whole) = (without_clock(sandbox.metrics("run")), without_clock(sandbox.metrics("whole")));
+    // The first record holds the configuration, which names the output folder.
+    assert_eq!(ours[1..], whole[1..]);
+    assert_eq!(sandbox.read("run/samples.jsonl"), sandbox.read("whole/samples.jsonl"));
+    assert_eq!(sandbox.checkpoints("run"), sandbox.checkpoints("whole"));
+    // What is done is not done again.
+    let before = sandbox.metrics("run");
+    sandbox.train("run", &resumed).ok();
+    assert_eq!(sandbox.metrics("run"), before);
 }

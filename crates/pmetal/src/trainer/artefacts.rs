@@ -216,12 +216,11 @@ pub fn record_sample(fs: &dyn Fs, output: &Path, step: usize, prompt: &str, text
     written.map_err(|error| Error::Format(pmetal_formats::Error::io("append to", &path)(error)))
 }
 
-/// Removes from `samples.jsonl` what was generated after a step, since a resumed run does it again; for a run that
-/// begins, everything.
+/// Removes from `samples.jsonl` what was generated at a step or later, since a resumed run does it again.
 ///
 /// # Errors
 /// When the file cannot be read or rewritten.
-pub fn drop_samples_after(fs: &dyn Fs, output: &Path, step: usize) -> Result<()> {
+pub fn drop_samples_from(fs: &dyn Fs, output: &Path, step: usize) -> Result<()> {
     let path = output.join("samples.jsonl");
     if !fs.exists(&path) {
         return Ok(());
@@ -230,7 +229,7 @@ pub fn drop_samples_after(fs: &dyn Fs, output: &Path, step: usize) -> Result<()>
     let is_kept = |line: &&[u8]| {
         let sample: Option<serde_json::Value> = serde_json::from_slice(line).ok();
         let made_at = sample.as_ref().and_then(|sample| sample.get("step")?.as_u64());
-        step > 0 && made_at.is_some_and(|made_at| made_at <= step as u64)
+        made_at.is_some_and(|made_at| made_at < step as u64)
     };
     // A line without its end was torn by a kill.
     let kept: Vec<u8> = bytes

@@ -187,6 +187,8 @@ settings! {
     /// Fraction of the dataset that is kept from training to evaluate on; 0 = none.
     eval_fraction: f64 = 0.02, Reports, Numbers, ["val_set_size", "val_size", "eval_split"],
         "must be from 0 to 0.9" => |fraction| (0.0..=0.9).contains(fraction);
+    /// Examples that an evaluation scores, from the beginning of what is kept for it; 0 = all.
+    eval_max_examples: usize = 0, Reports, Nothing, ["max_eval_samples"];
     /// Optimizer steps from one evaluation to the next; 0 = a tenth of the run.
     eval_every: u64 = 0, Reports, Nothing, ["eval_steps", "steps_per_eval"];
     /// Optimizer steps from one checkpoint to the next; 0 = a tenth of the run.
@@ -243,7 +245,7 @@ impl TrainConfig {
             (self.warmup_steps > 0, "warmup_steps", "is set", &["warmup_ratio"]),
             (self.max_steps > 0, "max_steps", "is set", &["epochs"]),
             (!self.eval_dataset.is_empty(), "eval_dataset", "is set", &["eval_fraction"]),
-            (no_evaluation, "eval_fraction", "is 0", &["eval_every"]),
+            (no_evaluation, "eval_fraction", "is 0", &["eval_max_examples", "eval_every"]),
             (
                 self.sample_prompt.is_empty(),
                 "sample_prompt",

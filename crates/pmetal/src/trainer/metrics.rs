@@ -89,6 +89,15 @@ fn null_is_nan<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Resul
     Ok(Option::<f64>::deserialize(deserializer)?.unwrap_or(f64::NAN))
 }
 
+/// What a checkpoint says of the evaluation that was due at its step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Due {
+    /// It was made, or none was due.
+    Done,
+    /// It is to be made by the run that goes on.
+    Again,
+}
+
 /// Appends records to `metrics.jsonl`. Each is one `write`, so a killed process leaves at most one torn line.
 pub struct MetricsWriter {
     file: Box<dyn FileHandle>,
@@ -108,20 +117,22 @@ impl MetricsWriter {
 
     /// Goes on with the file of a run that is resumed from a checkpoint of `step` finished steps.
     ///
-    /// Keeps the header and the records up to and including that step, evaluations at it included, and rewrites the
-    /// file atomically if anything else is in it: later records, or a line that was torn by a kill and what follows
-    /// it. Without a readable header the file is started again. Returns the number of bytes dropped too.
+    /// Keeps the header and the records up to and including that step, evaluations at it where they are done, and
+    /// rewrites the file atomically if anything else is in it: later records, or a line that was torn by a kill and
+    /// what follows it. Without a readable header the file is started again. Returns the number of bytes dropped too.
     ///
     /// # Errors
     /// [`Error::Format`] when the file cannot be read or rewritten.
-    pub fn resume(fs: Arc<dyn Fs>, path: &Path, header: Header, step: u64) -> Result<(Self, u64)> {
+    pub fn resume(fs: Arc<dyn Fs>, path: &Path, header: Header, step: u64, due: Due) -> Result<(Self, u64)> {
         if !fs.exists(path) {
             return Ok((Self::create(fs, path, header)?, 0));
         }
         let bytes = fs.read(path, LIMIT_BYTES).map_err(FormatError::io("read", path))?;
         let mut kept = Vec::with_capacity(bytes.len());
         for (line, record) in complete_records(&bytes) {
-            if record.step() <= step {
+            let is_made_again =
+                due == Due::Again && matches!(&record, Record::Eval(eval) if eval.step == step);
+            if record.step() <= step && !is_made_again {
                 kept.extend_from_slice(line);
             }
         }
@@ -239,14 +250,18 @@ mod tests {
         let path = folder.path().join("metrics.jsonl");
         write_all(Arc::new(RealFs), &path).unwrap();
         let whole = std::fs::read(&path).unwrap();
-        let (mut writer, dropped) = MetricsWriter::resume(Arc::new(RealFs), &path, header(), 2).unwrap();
+        let (mut writer, dropped) =
+            MetricsWriter::resume(Arc::new(RealFs), &path, header(), 2, Due::Done).unwrap();
         assert!(dropped > 0);
         assert_eq!(read(&RealFs, &path).unwrap(), [Record::Header(header()), step(1), step(2), eval(2)]);
         for record in [step(3), step(4), eval(4)] {
             writer.write(&record).unwrap();
         }
         assert_eq!(std::fs::read(&path).unwrap(), whole, "as if it had never been interrupted");
-        assert_eq!(MetricsWriter::resume(Arc::new(RealFs), &path, header(), 4).unwrap().1, 0);
+        assert_eq!(MetricsWriter::resume(Arc::new(RealFs), &path, header(), 4, Due::Done).unwrap().1, 0);
+        MetricsWriter::resume(Arc::new(RealFs), &path, header(), 4, Due::Again).unwrap();
+        let kept = read(&RealFs, &path).unwrap();
+        assert_eq!(kept[3..], [eval(2), step(3), step(4)], "an evaluation that is to be made again");
     }
 
     #[test]
@@ -264,7 +279,8 @@ mod tests {
                 return result.unwrap();
             }
             let kept = if path.exists() { read(&RealFs, &path).unwrap().len() } else { 0 };
-            let (mut writer, _) = MetricsWriter::resume(Arc::new(RealFs), &path, header(), 100).unwrap();
+            let (mut writer, _) =
+                MetricsWriter::resume(Arc::new(RealFs), &path, header(), 100, Due::Done).unwrap();
             let all = [step(1), step(2), eval(2), step(3), step(4), eval(4)];
             for record in &all[kept.saturating_sub(1)..] {
                 writer.write(record).unwrap();
@@ -280,7 +296,8 @@ mod tests {
         let path = folder.path().join("metrics.jsonl");
         for content in ["", "\n", "{}", "nonsense\n", "{\"kind\":\"eval\",\"step\":1,\"eval_loss\":1}\n"] {
             std::fs::write(&path, content).unwrap();
-            let (_, dropped) = MetricsWriter::resume(Arc::new(RealFs), &path, header(), 5).unwrap();
+            let (_, dropped) =
+                MetricsWriter::resume(Arc::new(RealFs), &path, header(), 5, Due::Done).unwrap();
             assert_eq!(dropped, content.len() as u64);
             assert_eq!(read(&RealFs, &path).unwrap(), [Record::Header(header())]);
         }

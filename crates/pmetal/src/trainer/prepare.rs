@@ -147,7 +147,10 @@ pub fn prepare(resolved: &mut ResolvedConfig, device: &Device) -> Result<Prepare
         Some(adapter) => lora::attach(&mut model.decoder, adapter, config.seed)?.len(),
         None => 0,
     };
-    let dataset = read_dataset(&config, &model)?;
+    let mut dataset = read_dataset(&config, &model)?;
+    if config.eval_max_examples > 0 {
+        dataset.eval.truncate(config.eval_max_examples);
+    }
     resolved.set_automatic("max_seq_len", &dataset.max_seq_len)?;
     let (plan, evaluation) = batch_plans(resolved, &dataset)?;
     let config = resolved.config().clone();

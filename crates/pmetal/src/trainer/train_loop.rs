@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use super::artefacts::{specs_of, stream_tensors};
 use super::checkpoint::{Checkpoint, CheckpointStore, Identity, Latest, NewFile};
 use super::learner::{Learner, MicroBatch};
-use super::metrics::{EvalRecord, Header, MetricsWriter, Record, StepRecord};
+use super::metrics::{Due, EvalRecord, Header, MetricsWriter, Record, StepRecord};
 use super::schedule::Schedule;
 use crate::error::{Error, Result};
 
@@ -106,6 +106,9 @@ struct Progress {
     elapsed_s: f64,
     /// What the next report covers already.
     window: Window,
+    /// Whether the run was stopped before the evaluation and the sample that were due at this step were made.
+    #[serde(default)]
+    is_cut_short: bool,
 }
 
 /// Sums since the last report.
@@ -127,12 +130,14 @@ pub struct TrainingRun<'a> {
     metrics: MetricsWriter,
     progress: Progress,
     first_step: usize,
+    next_due_step: usize,
     interrupted: Arc<AtomicBool>,
 }
 
 impl<'a> TrainingRun<'a> {
     /// Starts a run, or goes on with one from its newest valid checkpoint when `resume` is set; where there is none
-    /// yet, that is a start. `interrupted` makes the run write a checkpoint and end after the step at hand.
+    /// yet, that is a start. `interrupted` makes the run write a checkpoint and end after the step or the evaluation
+    /// batch at hand.
     ///
     /// # Errors
     /// [`Error::Usage`] when the checkpoint belongs to another configuration, dataset or base model; what reading
@@ -165,11 +170,14 @@ impl<'a> TrainingRun<'a> {
                 progress = checkpoint.state()?;
                 first_step = checkpoint.manifest.step as usize;
                 watch(Event::Note(format!("resumed from step {first_step}")))?;
-                MetricsWriter::resume(Arc::clone(fs), &path, header, checkpoint.manifest.step)?.0
+                let due = if progress.is_cut_short { Due::Again } else { Due::Done };
+                MetricsWriter::resume(Arc::clone(fs), &path, header, checkpoint.manifest.step, due)?.0
             }
             None => MetricsWriter::create(Arc::clone(fs), &path, header)?,
         };
-        Ok(Self { plan, learner, batches, store, metrics, progress, first_step, interrupted })
+        let is_done_here = found.checkpoint.is_some() && !progress.is_cut_short;
+        let next_due_step = first_step + usize::from(is_done_here);
+        Ok(Self { plan, learner, batches, store, metrics, progress, first_step, next_due_step, interrupted })
     }
 
     /// Runs to the end, or until it is interrupted.
@@ -181,21 +189,25 @@ impl<'a> TrainingRun<'a> {
         let total = self.plan.total_steps;
         let mut loss = f64::NAN;
         for step in self.first_step..=total {
-            // What was due at the checkpoint that the run resumed from was done before it was written.
-            let resumed_here = step == self.first_step && step > 0;
-            if !resumed_here {
-                self.validate(step, watch)?;
-                self.sample(step, watch)?;
+            // What was due at the checkpoint that the run resumed from was done before it was written, unless it says
+            // otherwise.
+            let is_done_here = step + 1 == self.next_due_step();
+            if !is_done_here {
+                self.progress.is_cut_short = !self.validate(step, watch)?;
+                if !self.progress.is_cut_short {
+                    self.sample(step, watch)?;
+                }
             }
-            let stop = self.interrupted.load(Ordering::Relaxed) && step < total;
-            if !resumed_here && step > 0 && (stop || self.plan.save.is_due(step, total)) {
+            let is_asked_to = step < total && self.interrupted.load(Ordering::Relaxed);
+            let stop = is_asked_to || self.progress.is_cut_short;
+            if !is_done_here && step > 0 && (stop || self.plan.save.is_due(step, total)) {
                 self.checkpoint(step, watch)?;
-            }
-            if step == total {
-                break;
             }
             if stop {
                 return Ok(Outcome::Interrupted { step });
+            }
+            if step == total {
+                break;
             }
             loss = self.one_step(step, watch)?;
         }
@@ -203,9 +215,10 @@ impl<'a> TrainingRun<'a> {
         Ok(Outcome::Finished { loss })
     }
 
-    /// Steps that were done when the run was opened: 0, or those of the checkpoint that it goes on from.
-    pub fn first_step(&self) -> usize {
-        self.first_step
+    /// The first step at which evaluation and sample were yet to be made when the run was opened: 0, or what the
+    /// checkpoint that it goes on from says.
+    pub fn next_due_step(&self) -> usize {
+        self.next_due_step
     }
 
     /// The learner, for what is to be done with it after the run.
@@ -213,20 +226,26 @@ impl<'a> TrainingRun<'a> {
         &self.learner
     }
 
-    fn validate(&mut self, step: usize, watch: &mut dyn FnMut(Event<'_>) -> Result<()>) -> Result<()> {
+    /// Scores the evaluation split where that is due; `false` when it was interrupted and nothing is known.
+    fn validate(&mut self, step: usize, watch: &mut dyn FnMut(Event<'_>) -> Result<()>) -> Result<bool> {
         let batches = self.batches.evaluation();
         if batches.is_empty() || !self.plan.evaluate.is_due(step, self.plan.total_steps) {
-            return Ok(());
+            return Ok(true);
         }
         let (mut sum, mut tokens) = (0.0, 0);
         for batch in batches {
+            // Before each batch: an evaluation may take longer than the time in which a machine is taken away.
+            if self.interrupted.load(Ordering::Relaxed) {
+                return Ok(false);
+            }
             let (loss, trained) = self.learner.evaluate(batch)?;
             sum += loss;
             tokens += trained;
         }
         let record = EvalRecord { step: step as u64, eval_loss: sum / tokens.max(1) as f64 };
         self.metrics.write(&Record::Eval(record.clone()))?;
-        watch(Event::Evaluation(&record))
+        watch(Event::Evaluation(&record))?;
+        Ok(true)
     }
 
     fn sample(&mut self, step: usize, watch: &mut dyn FnMut(Event<'_>) -> Result<()>) -> Result<()> {
