@@ -167,7 +167,7 @@ pub fn clean(fs: &dyn Fs, folder: &Path) -> Result<Vec<OsString>> {
                 cleaned.push(entry.name);
                 continue;
             }
-        } else if !(name.starts_with(TEMPORARY) || name.starts_with(TRASH)) {
+        } else if !is_left_over(&name) {
             continue;
         }
         let removed = if entry.is_dir { fs.remove_dir_all(&path) } else { fs.remove_file(&path) };
@@ -175,6 +175,12 @@ pub fn clean(fs: &dyn Fs, folder: &Path) -> Result<Vec<OsString>> {
         cleaned.push(entry.name);
     }
     Ok(cleaned)
+}
+
+/// Whether a name has the form that this module gives; a user's own `.tmp-notes` has not.
+fn is_left_over(name: &str) -> bool {
+    let named = [TEMPORARY, TRASH, REPLACED].iter().find_map(|prefix| name.strip_prefix(prefix));
+    named.and_then(without_pid).is_some()
 }
 
 /// The right of one process to write to a folder; given up when dropped or when the process ends, however it ends.
@@ -392,14 +398,14 @@ mod tests {
     fn leftovers_are_cleaned_and_other_files_kept() {
         let folder = tempfile::tempdir().unwrap();
         let at = |name: &str| folder.path().join(name);
-        for name in [".tmp-x-1", ".trash-y-2", "x", ".hidden", ".old-z-note"] {
+        for name in [".tmp-x-1", ".trash-y-2", "x", ".hidden", ".old-z-note", ".tmp-notes"] {
             RealFs.create_new(&at(name)).unwrap();
         }
         for name in [".tmp-d-1", ".old-x-7", ".old-lost-7"] {
             RealFs.create_dir_all(&at(name).join("inner")).unwrap();
         }
         clean(&RealFs, folder.path()).unwrap();
-        assert_eq!(names(folder.path()), [".hidden", ".old-z-note", "lost", "x"]);
+        assert_eq!(names(folder.path()), [".hidden", ".old-z-note", ".tmp-notes", "lost", "x"]);
         assert!(clean(&RealFs, &at("absent")).unwrap().is_empty());
     }
 

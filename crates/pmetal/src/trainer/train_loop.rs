@@ -152,6 +152,8 @@ impl<'a> TrainingRun<'a> {
         watch: &mut dyn FnMut(Event<'_>) -> Result<()>,
     ) -> Result<Self> {
         let store = CheckpointStore::open(Arc::clone(fs), &plan.output)?;
+        // A process that was killed leaves halves of the files beside the checkpoints, too.
+        pmetal_formats::atomic::clean(&**fs, &plan.output)?;
         let header = Header { version: env!("CARGO_PKG_VERSION").to_owned(), config: plan.header.clone() };
         let path = plan.output.join("metrics.jsonl");
         let found = if resume { store.latest()? } else { Latest::default() };
