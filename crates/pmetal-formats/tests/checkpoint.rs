@@ -264,6 +264,39 @@ fn llama_rows_are_put_back_into_half_split_order() {
 }
 
 #[test]
+fn a_block_quantised_bias_is_put_back_into_order_value_by_value() {
+    // Two heads of 16 rows in one block of Q8_0: a scale of 1/2 and the numbers from 0.
+    let block: Vec<u8> = [0x00, 0x38].into_iter().chain(0..32).collect();
+    let quantised = GgufBuilder::new()
+        .text("general.architecture", "llama")
+        .number("llama.attention.head_count", 2)
+        .raw_tensor("blk.0.attn_q.bias", &[32], 8, 0)
+        .raw_tensor("blk.0.attn_v.bias", &[32], 8, 64)
+        .data(&[&block[..], &[0; 30], &block[..]].concat());
+    let (_scratch, opened) = open_gguf(&quantised);
+    let opened = opened.unwrap();
+    let (query, value) = ("model.layers.0.self_attn.q_proj.bias", "model.layers.0.self_attn.v_proj.bias");
+    let stored: Vec<f32> = (0..32).map(|index| index as f32 / 2.0).collect();
+    assert_eq!(opened.read_f32(value).unwrap(), stored);
+    // Of each head first the even, then the odd rows.
+    let expected: Vec<f32> =
+        (0..32).map(|row| (row / 16 * 16 + row % 8 * 2 + row % 16 / 8) as f32 / 2.0).collect();
+    assert_eq!(opened.read_f32(query).unwrap(), expected);
+    assert_eq!(opened.read_bytes(value).unwrap(), block);
+    let message = opened.read_bytes(query).unwrap_err().to_string();
+    assert!(message.contains(query) && message.contains("no whole number of Q8_0 blocks"), "{message}");
+    assert!(opened.read_into(query, &mut [0; 34]).is_err());
+}
+
+#[test]
+fn an_index_of_too_many_tensors_is_refused() {
+    let listed: Vec<String> = (0..=200_000).map(|index| format!(r#""{index}":"{FIRST}""#)).collect();
+    let scratch = Scratch::new();
+    scratch.file(INDEX, format!(r#"{{"weight_map":{{{}}}}}"#, listed.join(",")));
+    refused(scratch.path(), INDEX, &["more than 200000 tensors are listed"]);
+}
+
+#[test]
 fn a_gguf_configuration_has_the_fields_of_config_json() {
     let config = |builder: GgufBuilder| open_gguf(&builder).1.unwrap().config().unwrap();
     let plain = config(llama());

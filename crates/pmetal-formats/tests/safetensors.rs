@@ -8,7 +8,8 @@ use std::io::Write;
 use std::time::Instant;
 
 use pmetal_formats::safetensors::{
-    MAX_TENSORS, SafetensorsFile, SafetensorsWriter, TensorSpec, TensorView, write_safetensors,
+    MAX_METADATA_BYTES, MAX_METADATA_ENTRIES, MAX_TENSORS, SafetensorsFile, SafetensorsWriter, TensorSpec,
+    TensorView, write_safetensors,
 };
 use pmetal_formats::{DType, Result};
 use proptest::prelude::*;
@@ -171,9 +172,38 @@ fn too_many_tensors_are_refused_in_bounded_time() {
     let megabytes = bytes.len() as u128 / 1_000_000;
     let start = Instant::now();
     let message = refusal(open(bytes), FILE);
-    assert!(message.contains("more than 262144 tensors"), "{message}");
+    assert!(message.contains("more than 65536 tensors"), "{message}");
     assert!(start.elapsed().as_millis() < 1000 * megabytes, "took {:?}", start.elapsed());
     assert_eq!(open(safetensors_bytes(header(&entries[1..]), &[])).unwrap().tensors().len(), MAX_TENSORS);
+}
+
+#[test]
+fn too_much_metadata_is_refused_when_reading_and_writing() {
+    let metadata = |count: usize, length: usize| -> BTreeMap<String, String> {
+        (0..count).map(|index| (format!("{index:05}"), "x".repeat(length))).collect()
+    };
+    for (count, length, is_fine) in [
+        (MAX_METADATA_ENTRIES, 100, true),
+        (MAX_METADATA_ENTRIES + 1, 100, false),
+        (1, MAX_METADATA_BYTES - 5, true),
+        (1, MAX_METADATA_BYTES - 4, false),
+        (2, MAX_METADATA_BYTES / 2, false),
+    ] {
+        let metadata = metadata(count, length);
+        let head = serde_json::json!({ "__metadata__": metadata }).to_string();
+        let opened = open(safetensors_bytes(&head, &[]));
+        let written = write_safetensors(&mut Vec::new(), &[], &metadata);
+        assert_eq!((opened.is_ok(), written.is_ok()), (is_fine, is_fine), "{count} of {length}");
+        if !is_fine {
+            assert!(refusal(opened, FILE).contains("more than 4096 entries or 8388608 bytes"));
+            assert!(written.unwrap_err().to_string().contains("metadata entries of"));
+        }
+    }
+    let long = "x".repeat(MAX_METADATA_BYTES + 1);
+    let message = "a string is longer than 8388608 bytes";
+    refused(format!(r#"{{"__metadata__":{{"a":"{long}"}}}}"#), &[], &["byte 29", message]);
+    refused(format!(r#"{{"{long}":1}}"#), &[], &["byte 9", message]);
+    refused(format!(r#"{{"a":"b","\"{long}":1}}"#), &[], &["byte 17", message]);
 }
 
 #[test]

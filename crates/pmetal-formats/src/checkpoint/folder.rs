@@ -16,8 +16,10 @@ use crate::{Error, Result};
 
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
-/// An index of a million tensors has this size.
-const INDEX_BYTES: u64 = 128 << 20;
+/// An index of as many tensors as are allowed has about this size.
+const INDEX_BYTES: u64 = 24 << 20;
+/// The most tensors of an index; the largest released models list about 150 thousand.
+const INDEX_TENSORS: usize = 200_000;
 /// Faults of one index that are put into words.
 const LISTED: usize = 10;
 
@@ -45,6 +47,11 @@ fn weight_map<'de, D: Deserializer<'de>>(
                 if shards.contains_key(&tensor) {
                     let name = shown(&tensor);
                     return Err(de::Error::custom(format_args!("tensor `{name}` is listed twice")));
+                }
+                if shards.len() == INDEX_TENSORS {
+                    return Err(de::Error::custom(format_args!(
+                        "more than {INDEX_TENSORS} tensors are listed"
+                    )));
                 }
                 shards.insert(tensor, shard);
             }

@@ -103,7 +103,34 @@ impl GgufView {
 
     pub(super) fn read(&self, stored: &str, info: &TensorInfo) -> Result<Vec<u8>> {
         let bytes = self.file.read(stored)?;
-        let heads = if !self.architecture.permutes_rotary_rows() {
+        let Some(heads) = self.rotated_heads(info) else { return Ok(bytes) };
+        let row_elements: usize = info.shape.iter().skip(1).product();
+        if !(row_elements as u64).is_multiple_of(info.dtype.block_elements()) {
+            let message = format!(
+                "tensor `{}` of shape {:?} has rows that are no whole number of {} blocks, so they cannot be reordered",
+                shown(&info.name),
+                info.shape,
+                info.dtype
+            );
+            return Err(Error::unsupported(self.file.path(), message));
+        }
+        self.half_split(&bytes, info, heads)
+    }
+
+    /// A tensor's values; expanded before rows are reordered, so that rows may share blocks.
+    pub(super) fn read_f32(&self, stored: &str, info: &TensorInfo) -> Result<Vec<f32>> {
+        let mut values = vec![0.0; info.elements()];
+        blocks::dequantize(info.dtype, &self.file.read(stored)?, &mut values)
+            .map_err(|error| error.of_tensor(&info.name))?;
+        match self.rotated_heads(info) {
+            Some(heads) => self.half_split(&values, info, heads),
+            None => Ok(values),
+        }
+    }
+
+    /// The heads of a tensor whose rows llama.cpp's converter has reordered.
+    fn rotated_heads(&self, info: &TensorInfo) -> Option<usize> {
+        if !self.architecture.permutes_rotary_rows() {
             None
         } else if info.name.contains(".self_attn.q_proj.") {
             Some(self.query_heads)
@@ -111,15 +138,11 @@ impl GgufView {
             Some(self.key_value_heads)
         } else {
             None
-        };
-        match heads {
-            Some(heads) => self.half_split(&bytes, info, heads),
-            None => Ok(bytes),
         }
     }
 
     /// Undoes the row order of llama.cpp's converter: row 2i + j of a head is row i + j * half of the original.
-    fn half_split(&self, bytes: &[u8], info: &TensorInfo, heads: usize) -> Result<Vec<u8>> {
+    fn half_split<T: Copy>(&self, content: &[T], info: &TensorInfo, heads: usize) -> Result<Vec<T>> {
         let rows = info.shape.first().copied().unwrap_or(0);
         let half = rows / heads / 2;
         if half == 0 || rows != heads * half * 2 {
@@ -130,13 +153,13 @@ impl GgufView {
                 message,
             ));
         }
-        let row = bytes.len() / rows;
-        let mut ordered = Vec::with_capacity(bytes.len());
+        let row = content.len() / rows;
+        let mut ordered = Vec::with_capacity(content.len());
         for head in 0..heads {
             for part in 0..2 {
                 for index in 0..half {
                     let source = (head * 2 * half + 2 * index + part) * row;
-                    ordered.extend_from_slice(&bytes[source..source + row]);
+                    ordered.extend_from_slice(&content[source..source + row]);
                 }
             }
         }

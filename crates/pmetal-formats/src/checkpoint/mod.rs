@@ -18,8 +18,8 @@ use crate::safetensors::SafetensorsFile;
 use crate::source::{json_fault, shown};
 use crate::{Error, Result, TensorInfo, blocks};
 
-/// A configuration file beyond this is none.
-const CONFIG_BYTES: u64 = 16 << 20;
+/// A configuration file beyond this is none: in memory, JSON takes up to a hundred times its text.
+const CONFIG_BYTES: u64 = 1 << 19;
 
 /// A model's files, opened and checked; tensors are read when they are asked for.
 #[derive(Debug)]
@@ -93,7 +93,8 @@ impl Checkpoint {
     /// A tensor's bytes as stored, but for GGUF query and key rows, which are put back into half-split order.
     ///
     /// # Errors
-    /// There is no such tensor, or reading fails.
+    /// There is no such tensor, reading fails, or rows to be reordered share blocks, as those of a block-quantised
+    /// bias do; [`Self::read_f32`] reads that.
     pub fn read_bytes(&self, name: &str) -> Result<Vec<u8>> {
         let entry = self.entry(name)?;
         match &self.files {
@@ -142,9 +143,12 @@ impl Checkpoint {
     /// # Errors
     /// There is no such tensor, it holds no numbers that f32 can carry, or reading fails.
     pub fn read_f32(&self, name: &str) -> Result<Vec<f32>> {
-        let info = &self.entry(name)?.info;
-        let mut values = vec![0.0; info.elements()];
-        blocks::dequantize(info.dtype, &self.read_bytes(name)?, &mut values)
+        let entry = self.entry(name)?;
+        if let Files::Gguf(view) = &self.files {
+            return view.read_f32(&entry.stored, &entry.info);
+        }
+        let mut values = vec![0.0; entry.info.elements()];
+        blocks::dequantize(entry.info.dtype, &self.read_bytes(name)?, &mut values)
             .map_err(|error| error.of_tensor(name))?;
         Ok(values)
     }

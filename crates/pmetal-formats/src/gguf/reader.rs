@@ -11,8 +11,8 @@ use crate::{DType, Error, Result, TensorInfo};
 
 /// The most metadata keys; released files have fewer than a hundred.
 const MAX_KEYS: u64 = 1 << 16;
-/// The most tensors in one file.
-const MAX_TENSORS: u64 = 1 << 18;
+/// The most tensors in one file; released files have a few thousand, since experts are stacked.
+const MAX_TENSORS: u64 = 1 << 16;
 /// The longest key or tensor name in bytes; the format says 65535 for keys and 64 for tensors.
 const MAX_KEY_BYTES: u64 = 65_535;
 const MAX_NAME_BYTES: u64 = 255;

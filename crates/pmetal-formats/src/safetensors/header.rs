@@ -10,8 +10,13 @@ use crate::{DType, TensorInfo};
 
 /// The longest header that is read, the limit of the reference implementation.
 pub const MAX_HEADER_BYTES: u64 = 100_000_000;
-/// The most tensors in one file; the largest released shard has a fortieth of this.
-pub const MAX_TENSORS: usize = 1 << 18;
+/// The most tensors in one file; the largest released shard has a tenth of this.
+pub const MAX_TENSORS: usize = 1 << 16;
+/// The most entries of `__metadata__`; training programs write a few hundred.
+pub const MAX_METADATA_ENTRIES: usize = 1 << 12;
+/// The most bytes of all keys and values of `__metadata__` together, and of any string of the header. Training
+/// programs store statistics of their datasets there.
+pub const MAX_METADATA_BYTES: usize = 8 << 20;
 /// The most dimensions of one tensor.
 const MAX_DIMENSIONS: usize = 16;
 
@@ -30,6 +35,7 @@ pub(super) fn parse(bytes: &[u8], data_start: u64, data_bytes: u64) -> Result<He
     let text = std::str::from_utf8(bytes).map_err(|error| {
         (format!("byte {}", 8 + error.valid_up_to()), "the header is not UTF-8".to_owned())
     })?;
+    check_strings(bytes)?;
     let mut deserializer = serde_json::Deserializer::from_str(text);
     let mut header = deserializer
         .deserialize_map(HeaderVisitor)
@@ -40,6 +46,26 @@ pub(super) fn parse(bytes: &[u8], data_start: u64, data_bytes: u64) -> Result<He
         tensor.offset += data_start;
     }
     Ok(header)
+}
+
+/// Refuses a long string before the parser copies it.
+fn check_strings(bytes: &[u8]) -> Result<(), Refusal> {
+    let (mut start, mut is_escaped) = (None, false);
+    for (index, &byte) in bytes.iter().enumerate() {
+        let Some(begin) = start else {
+            start = (byte == b'"').then_some(index);
+            continue;
+        };
+        if index - begin > MAX_METADATA_BYTES {
+            let message = format!("a string is longer than {MAX_METADATA_BYTES} bytes");
+            return Err((format!("byte {}", 8 + begin), message));
+        }
+        if byte == b'"' && !is_escaped {
+            start = None;
+        }
+        is_escaped = byte == b'\\' && !is_escaped;
+    }
+    Ok(())
 }
 
 /// Demands that the byte ranges cover the data section once, without a gap.
@@ -127,8 +153,14 @@ impl<'de> Visitor<'de> for MetadataSeed {
     }
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
-        let mut metadata = BTreeMap::new();
+        let (mut metadata, mut bytes) = (BTreeMap::new(), 0_usize);
         while let Some((key, value)) = map.next_entry::<String, String>()? {
+            bytes += key.len() + value.len();
+            if metadata.len() == MAX_METADATA_ENTRIES || bytes > MAX_METADATA_BYTES {
+                return Err(de::Error::custom(format_args!(
+                    "`__metadata__` has more than {MAX_METADATA_ENTRIES} entries or {MAX_METADATA_BYTES} bytes"
+                )));
+            }
             if metadata.contains_key(&key) {
                 let key = shown(&key);
                 return Err(de::Error::custom(format_args!(

@@ -12,7 +12,7 @@ use std::path::Path;
 use crate::source::{Source, shown};
 use crate::{DType, Error, Result, TensorInfo};
 
-pub use header::{MAX_HEADER_BYTES, MAX_TENSORS};
+pub use header::{MAX_HEADER_BYTES, MAX_METADATA_BYTES, MAX_METADATA_ENTRIES, MAX_TENSORS};
 pub use writer::{SafetensorsWriter, TensorSpec, TensorView, write_safetensors};
 
 /// A safetensors file, open for positioned reads; share it between threads by reference.

@@ -165,6 +165,11 @@ fn header_bytes(order: &[TensorSpec], metadata: &BTreeMap<String, String>) -> Re
         return Err(Error::Unwritable(format!("tensor `{}` is given twice", shown(pair[0]))));
     }
     let mut header = serde_json::Map::new();
+    let strings: usize = metadata.iter().map(|(key, value)| key.len() + value.len()).sum();
+    if metadata.len() > super::MAX_METADATA_ENTRIES || strings > super::MAX_METADATA_BYTES {
+        let message = format!("{} metadata entries of {strings} bytes are beyond the limit", metadata.len());
+        return Err(Error::Unwritable(message));
+    }
     if !metadata.is_empty() {
         header.insert("__metadata__".to_owned(), serde_json::json!(metadata));
     }
