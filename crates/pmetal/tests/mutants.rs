@@ -3,11 +3,12 @@
 #![allow(clippy::unwrap_used, clippy::panic, reason = "helpers of tests are tests")]
 #![allow(clippy::disallowed_methods)] // tests prepare files as they like
 
-use std::path::{Path, PathBuf};
+mod support;
 
 use pmetal::engine::{DType, Device};
 use pmetal::eval::verify::verify;
 use serde_json::{Value, json};
+use support::{copy, read_json};
 
 /// What is done to a field: a JSON pointer to it, and its new value; null removes a scaling or a window.
 type Mutation = (&'static str, &'static str, Value);
@@ -49,22 +50,10 @@ fn mutations() -> Vec<Mutation> {
     ]
 }
 
-fn fixtures() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures")
-}
-
 fn mutated(fixture: &str, pointer: &str, value: &Value) -> tempfile::TempDir {
-    let (source, target) = (fixtures().join(fixture), tempfile::tempdir().unwrap());
-    std::fs::create_dir(target.path().join("adapter")).unwrap();
-    for folder in ["", "adapter"] {
-        for entry in std::fs::read_dir(source.join(folder)).unwrap().flatten() {
-            if entry.path().is_file() {
-                std::fs::copy(entry.path(), target.path().join(folder).join(entry.file_name())).unwrap();
-            }
-        }
-    }
+    let target = copy(fixture);
     let path = target.path().join("config.json");
-    let mut config: Value = serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
+    let mut config = read_json(&path);
     let (parent, key) = pointer.rsplit_once('/').unwrap();
     match config.pointer_mut(parent).unwrap_or_else(|| panic!("{fixture} has no {parent}")) {
         Value::Object(fields) => {
