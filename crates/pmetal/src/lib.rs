@@ -11,6 +11,7 @@ pub mod eval;
 pub mod generate;
 pub mod lora;
 pub mod models;
+mod spelling;
 pub mod trainer;
 
 pub use error::{Error, Result};

@@ -8,6 +8,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use pmetal::core::{ModelSource, OpenedModel};
+use pmetal::models::families;
 use serde_json::{Value, json};
 use support::{Stored, copy, load, read_json, read_tensors, write_tensors};
 
@@ -192,6 +193,59 @@ fn fields_of_other_types_are_refused() {
         let message = refusal(case.folder.path());
         assert!(message.contains("config.json: expected an object"), "{message}");
     }
+}
+
+#[test]
+fn unknown_fields_that_may_change_the_model_are_refused() {
+    let case = Case::new("llama2");
+    for (field, value, expected) in [
+        ("rope_thetta", json!(5), "field `rope_thetta` is 5, which is not known and may change the model"),
+        ("rope_thetta", json!(5), "(did you mean `rope_theta`?)"),
+        ("attn_logit_softcapping", json!(50.0), "field `attn_logit_softcapping` is 50.0"),
+        ("pretraining_tp", json!(2), "field `pretraining_tp` is 2"),
+        ("rope_interleaved", json!(true), "field `rope_interleaved` is true"),
+        ("scale_embeddings", json!(false), "field `scale_embeddings` is false"),
+        ("sliding_window", json!(8), "field `sliding_window` is 8"),
+        ("qkv_bias", json!(1), "field `qkv_bias` is 1"),
+        ("quantization_config", json!({ "bits": 4 }), "field `quantization_config` is {\"bits\":4}"),
+    ] {
+        case.with(field, value, expected);
+    }
+    let mut config = case.config.clone();
+    (0..9).for_each(|index| config[format!("zz{index}")] = json!("x".repeat(1000)));
+    case.refused(&config, "; and 4 more");
+    for (field, value) in [
+        ("attn_logit_softcapping", Value::Null),
+        ("mlp_only_layers", json!([])),
+        ("task_specific_params", json!({ "a": 1 })),
+        ("pretraining_tp", json!(1)),
+        ("use_sliding_window", json!(false)),
+        ("qkv_bias", json!(false)),
+        ("_name_or_path", json!("somewhere")),
+    ] {
+        let mut config = case.config.clone();
+        config[field] = value;
+        case.write(&config);
+        load(case.folder.path()).unwrap();
+    }
+}
+
+#[test]
+fn released_configurations_are_understood() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../shared/assets/configs");
+    let Ok(entries) = std::fs::read_dir(folder) else {
+        return println!("skipped: released_configurations_are_understood");
+    };
+    let mut understood = 0;
+    for path in entries.map(|entry| entry.unwrap().path()).filter(|path| path.is_file()) {
+        let config = pmetal::models::Config::new(read_json(&path)).unwrap();
+        let is_ours = |kind: &str| families::FAMILIES.iter().any(|family| family.model_type == kind);
+        if config.model_type().is_ok_and(is_ours) {
+            families::read(&config).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+            understood += 1;
+        }
+    }
+    assert!(understood >= 13, "only {understood} configurations were read");
 }
 
 #[test]

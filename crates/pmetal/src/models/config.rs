@@ -1,4 +1,10 @@
 //! Reading a model's `config.json`: typed fields with ranges, and a record of what was looked at.
+//!
+//! A field that nothing looked at may change the mathematics, so it is refused unless one of these holds: it is on the
+//! list of names that say nothing about a forward pass, or that say something about training only; it is null, which
+//! every reader takes for absent; it is an empty list or object. A `false` is refused like other values: `use_rope`
+//! and `scale_embeddings` show that it may turn something off that is on without it. Fields that are harmless with
+//! one value only, such as `pretraining_tp` with 1, are accepted with that value.
 
 use std::cell::RefCell;
 use std::collections::BTreeSet;
@@ -6,38 +12,97 @@ use std::collections::BTreeSet;
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
+use crate::spelling::nearest;
 
 /// Sizes in a configuration stay below this, so that products of three of them fit 128 bits.
 const LARGEST_SIZE: u64 = 1 << 31;
 
-/// Fields that say nothing about the mathematics of a forward pass.
+/// Unknown fields that one error lists.
+const LISTED_FIELDS: usize = 5;
+
+/// Fields that say nothing about the mathematics of a forward pass: names, versions, special tokens, training, how
+/// other programs run and generate.
 const WITHOUT_EFFECT: &[&str] = &[
+    "_attn_implementation",
+    "_attn_implementation_autoset",
+    "_commit_hash",
     "_name_or_path",
     "architectures",
     "attention_dropout",
     "attn_implementation",
-    "_attn_implementation",
+    "attn_pdrop",
     "auto_map",
     "bos_token_id",
     "cache_implementation",
+    "chunk_size_feed_forward",
+    "decoder_start_token_id",
+    "do_sample",
     "dtype",
+    "embd_pdrop",
     "eos_token_id",
+    "finetuning_task",
+    "gradient_checkpointing",
+    "hidden_dropout",
+    "id2label",
     "initializer_range",
     "is_llama_config",
     "keys_to_ignore_at_inference",
+    "label2id",
+    "max_length",
     "max_sequence_length",
+    "min_length",
+    "model_max_length",
     "model_type",
+    "num_return_sequences",
+    "output_attentions",
+    "output_hidden_states",
     "pad_token_id",
-    "pretraining_tp",
-    "rope_interleaved",
+    "prefix",
+    "problem_type",
+    "repetition_penalty",
+    "resid_pdrop",
+    "return_dict",
+    "sep_token_id",
+    "task_specific_params",
+    "temperature",
     "tokenizer_class",
+    "top_k",
+    "top_p",
     "torch_dtype",
+    "torchscript",
     "transformers.js_config",
     "transformers_version",
     "unk_token_id",
     "unsloth_fixed",
+    "unsloth_version",
     "use_cache",
 ];
+
+/// Whether a field that no reader asked for has the one value with which it changes nothing.
+fn is_harmless(name: &str, value: &Value) -> bool {
+    match name {
+        "pretraining_tp" | "logit_scale" => value.as_f64() == Some(1.0),
+        "rope_interleaved"
+        | "use_sliding_window"
+        | "use_qk_norm"
+        | "is_encoder_decoder"
+        | "add_cross_attention"
+        | "use_bfloat16" => value.as_bool() == Some(false),
+        // The tensors decide: a bias that is missing or left over is an error of its own.
+        "attention_bias" | "mlp_bias" | "qkv_bias" | "lm_head_bias" => value.is_boolean(),
+        "is_decoder" => value.is_boolean(),
+        _ => false,
+    }
+}
+
+fn is_empty(value: &Value) -> bool {
+    match value {
+        Value::Null => true,
+        Value::Array(list) => list.is_empty(),
+        Value::Object(fields) => fields.is_empty(),
+        _ => false,
+    }
+}
 
 /// The fields of a `config.json`.
 pub struct Config {
@@ -206,16 +271,40 @@ impl Config {
         self.fields.keys().map(String::as_str)
     }
 
-    /// Fields that nothing looked at and that are not known to be without effect.
-    pub fn unread(&self) -> Vec<String> {
+    /// Refuses fields that nothing looked at and that are not known to be without effect; call it last.
+    ///
+    /// # Errors
+    /// [`Error::Config`] naming the first few of them with their values, and known names that are near.
+    pub fn check_unread(&self) -> Result<()> {
         let seen = self.seen.borrow();
-        let known = |name: &&String| seen.contains(*name) || WITHOUT_EFFECT.contains(&name.as_str());
-        self.fields
-            .iter()
-            .filter(|(name, value)| !value.is_null() && !known(name))
-            .map(|(name, _)| name.clone())
-            .collect()
+        let is_unknown = |name: &str, value: &Value| {
+            !seen.contains(name)
+                && !WITHOUT_EFFECT.contains(&name)
+                && !is_empty(value)
+                && !is_harmless(name, value)
+        };
+        let mut sentences = Vec::new();
+        for (name, value) in self.fields.iter().filter(|(name, value)| is_unknown(name, value)) {
+            let known = seen.iter().map(String::as_str).chain(WITHOUT_EFFECT.iter().copied());
+            let hint =
+                nearest(name, known).map(|near| format!(" (did you mean `{near}`?)")).unwrap_or_default();
+            let (name, value) = (shortened(name), shortened(&value.to_string()));
+            sentences.push(format!(
+                "field `{name}` is {value}, which is not known and may change the model{hint}"
+            ));
+        }
+        let more = sentences.len().saturating_sub(LISTED_FIELDS);
+        sentences.truncate(LISTED_FIELDS);
+        if more > 0 {
+            sentences.push(format!("and {more} more"));
+        }
+        if sentences.is_empty() { Ok(()) } else { Err(Error::Config(sentences.join("; "))) }
     }
+}
+
+/// The beginning of a text from a file, without control characters.
+fn shortened(text: &str) -> String {
+    text.chars().take(60).flat_map(char::escape_debug).collect::<String>().replace("\\\"", "\"")
 }
 
 fn kind(value: &Value) -> &'static str {

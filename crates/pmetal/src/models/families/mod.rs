@@ -29,14 +29,17 @@ const MOST_LAYERS: usize = 10_000;
 /// The [`Spec`] of a configuration, by its exact `model_type`.
 ///
 /// # Errors
-/// [`Error::Config`] for an unknown `model_type` and for fields that are missing, out of range or contradictory.
+/// [`Error::Config`] for an unknown `model_type` and for fields that are missing, out of range, contradictory or, as
+/// far as they may matter, unknown.
 pub fn read(config: &Config) -> Result<Spec> {
     let model_type = config.model_type()?;
     let family = FAMILIES.iter().find(|family| family.model_type == model_type).ok_or_else(|| {
         let known: Vec<_> = FAMILIES.iter().map(|family| family.model_type).collect();
         Error::Config(format!("model_type `{model_type}` is not one of {}", known.join(", ")))
     })?;
-    (family.read)(config)
+    let spec = (family.read)(config)?;
+    config.check_unread()?;
+    Ok(spec)
 }
 
 /// What the plain decoders share: RMSNorm before attention and feed-forward, grouped queries, SwiGLU.
