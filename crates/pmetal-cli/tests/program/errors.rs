@@ -19,6 +19,24 @@ fn without_arguments_the_program_prints_help() {
 }
 
 #[test]
+fn a_model_without_room_ends_with_4_and_what_was_asked_for() {
+    let sandbox = Sandbox::new();
+    // An embedding of 9 PB: more than a process can address, so that no system pretends to have it.
+    let config = serde_json::json!({
+        "model_type": "llama", "hidden_size": 1 << 20, "intermediate_size": 1, "num_hidden_layers": 1,
+        "num_attention_heads": 1, "head_dim": 2, "vocab_size": 2_147_483_647_u64, "tie_word_embeddings": true,
+    });
+    sandbox.write("config.json", &config.to_string());
+    let bench = ["bench", "train", "--random-weights", "--config", "config.json"];
+    let requested = 2_147_483_647_u64 * (1 << 20) * 4;
+    let words = format!("out of memory: {requested} bytes for weights on top of ");
+    for more in [&[][..], &["--full"]] {
+        let done = sandbox.run(&[&bench[..], more].concat());
+        done.fails(4, &[&words, "hint: halve --batch-size"]);
+    }
+}
+
+#[test]
 fn datasets_that_are_missing_empty_or_broken_are_named() {
     let sandbox = Sandbox::new();
     sandbox.write("empty.jsonl", "");

@@ -168,8 +168,15 @@ impl Source for RandomSource<'_> {
             stream: pmetal_engine::random::stream_of(name),
         };
         let bound = (3.0 / shape[1] as f32).sqrt();
-        let values =
-            (0..(shape[0] * shape[1]) as u64).map(|i| (2.0 * key.uniform(i) - 1.0) * bound).collect();
+        let elements = shape[0] * shape[1];
+        let mut values = Vec::new();
+        // The first thing of this size, and the only one that would end the process where there is no room.
+        values.try_reserve_exact(elements).map_err(|_| pmetal_engine::Error::OutOfMemory {
+            category: Category::Weights.name(),
+            requested_bytes: elements.saturating_mul(size_of::<f32>()),
+            live_bytes: self.device.memory().report().live_bytes,
+        })?;
+        values.extend((0..elements as u64).map(|i| (2.0 * key.uniform(i) - 1.0) * bound));
         self.wrap(name, values, &shape, self.stored)
     }
 
