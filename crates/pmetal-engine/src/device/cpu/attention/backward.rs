@@ -1,3 +1,4 @@
+use std::marker::PhantomData;
 use std::ops::Range;
 
 use super::blocks::{
@@ -5,7 +6,9 @@ use super::blocks::{
 };
 use super::math::{dot, gradient_row, scale_row};
 use super::{AttentionParameters, Gradients, Inputs, Saved, Segment, SimdLevel};
-use crate::device::cpu::gemm::buffer::with_thread_tile;
+#[cfg(target_arch = "x86_64")]
+use crate::device::cpu::gemm::amx::Amx;
+use crate::device::cpu::gemm::buffer::{Buffer, with_thread_tile};
 use crate::device::cpu::gemm::kernel::{self, F32Call, Kernel};
 use crate::device::cpu::gemm::tasks::{Shared, for_each_index};
 
@@ -28,16 +31,66 @@ struct Task {
     part: Part,
 }
 
-struct Backward<'a, 'b> {
-    level: SimdLevel,
-    threads: usize,
-    inputs: &'a Inputs<'b>,
-    saved: &'a Saved<'b>,
+pub(super) struct Backward<'a, 'b> {
+    pub(super) level: SimdLevel,
+    pub(super) threads: usize,
+    pub(super) inputs: &'a Inputs<'b>,
+    pub(super) saved: &'a Saved<'b>,
     /// Inner product of output and its gradient, [T_q, H].
-    deltas: &'a [f32],
+    pub(super) deltas: &'a [f32],
     dq: Target,
-    dk: Target,
-    dv: Target,
+    pub(super) dk: Target,
+    pub(super) dv: Target,
+}
+
+/// The heads of a group with a block of queries and one of keys, both relative to the document.
+pub(super) struct Pair<'a> {
+    pub(super) segment: &'a Segment,
+    pub(super) group: usize,
+    pub(super) visible: &'a Visible,
+    pub(super) queries: &'a Range<usize>,
+    pub(super) keys: &'a Range<usize>,
+}
+
+/// The blocks that a task works in, and how they are multiplied.
+pub(super) trait Blocks {
+    /// What a thread works in; `held` elements of query gradients.
+    type Memory<'m>;
+
+    /// The width of a head of queries, padded.
+    fn key_width(p: &AttentionParameters) -> usize;
+
+    fn new<'m>(p: &AttentionParameters, buffer: &'m mut Buffer, held: usize) -> Self::Memory<'m>;
+
+    /// The gradients of queries.
+    fn dq<'s>(memory: &'s mut Self::Memory<'_>) -> &'s mut [f32];
+
+    /// Reads a block of keys and values and clears its gradients.
+    fn load_keys(
+        pass: &Backward<'_, '_>,
+        segment: &Segment,
+        group: usize,
+        keys: &Range<usize>,
+        memory: &mut Self::Memory<'_>,
+    );
+
+    /// Adds what a pair of blocks contributes, head by head of the group; the gradients of queries are held from `at` on.
+    fn add_pair(
+        pass: &Backward<'_, '_>,
+        pair: &Pair<'_>,
+        memory: &mut Self::Memory<'_>,
+        wanted: Wanted,
+        at: usize,
+    );
+
+    /// Stores the gradients of a block of keys and values.
+    fn store_keys(
+        pass: &Backward<'_, '_>,
+        segment: &Segment,
+        group: usize,
+        keys: &Range<usize>,
+        memory: &mut Self::Memory<'_>,
+    );
 }
 
 pub(super) fn run(
@@ -47,13 +100,31 @@ pub(super) fn run(
     saved: &Saved<'_>,
     gradients: &mut Gradients<'_>,
 ) {
+    with_pass(level, threads, inputs, saved, gradients, |pass| {
+        #[cfg(target_arch = "x86_64")]
+        if super::tiles::apply(level, &[inputs.q, inputs.k, inputs.v, saved.d_out]) {
+            return pass.run_tasks::<super::tiles::TileBlocks<Amx>>();
+        }
+        kernel::dispatch_f32(level, pass);
+    });
+}
+
+/// Calls `then` with what all tasks share.
+pub(super) fn with_pass(
+    level: SimdLevel,
+    threads: usize,
+    inputs: &Inputs<'_>,
+    saved: &Saved<'_>,
+    gradients: &mut Gradients<'_>,
+    then: impl FnOnce(Backward<'_, '_>),
+) {
     let deltas = deltas(level, threads, inputs.parameters, saved);
     if let Some(d_sinks) = &mut gradients.d_sinks {
         sink_gradients(inputs, saved, &deltas, d_sinks);
     }
     let (dq, dk, dv) =
         (Target::new(&mut gradients.dq), Target::new(&mut gradients.dk), Target::new(&mut gradients.dv));
-    kernel::dispatch_f32(level, Backward { level, threads, inputs, saved, deltas: &deltas, dq, dk, dv });
+    then(Backward { level, threads, inputs, saved, deltas: &deltas, dq, dk, dv });
 }
 
 /// The inner product of each row of the output with its gradient.
@@ -105,9 +176,16 @@ fn sink_gradients(inputs: &Inputs<'_>, saved: &Saved<'_>, deltas: &[f32], d_sink
 
 impl F32Call for Backward<'_, '_> {
     fn run<K: Kernel<Packed = f32>>(self) {
+        self.run_tasks::<F32Blocks<K>>();
+    }
+}
+
+impl Backward<'_, '_> {
+    /// Computes all gradients of queries, keys and values.
+    pub(super) fn run_tasks<B: Blocks>(&self) {
         let p = self.inputs.parameters;
         let heads = p.query_heads / p.key_value_heads;
-        let width = padded::<K>(p.key_width);
+        let width = B::key_width(p);
         let documents = self.inputs.segments.len() * p.key_value_heads;
         let longest = self.inputs.segments.iter().map(|segment| segment.query_length).max().unwrap_or(0);
         let held = longest.next_multiple_of(BLOCK) * heads * width;
@@ -127,16 +205,17 @@ impl F32Call for Backward<'_, '_> {
         }
         for_each_index(tasks.len(), self.threads, |next| {
             with_thread_tile(|buffer| {
-                let mut buffers = Buffers::new::<K>(p, carve(buffer, Buffers::sizes::<K>(p, whole, held)));
+                let held = if whole { held } else { BLOCK * heads * width };
+                let mut memory = B::new(p, buffer, held);
                 while let Some(index) = next.take() {
-                    self.task::<K>(&tasks[index], &mut buffers);
+                    self.task::<B>(&tasks[index], &mut memory);
                 }
             });
         });
     }
 }
 
-/// What a task works in; the names of gradients are those of what they belong to.
+/// What a task of [`F32Blocks`] works in; the names of gradients are those of what they belong to.
 struct Buffers<'a> {
     q: &'a mut [f32],
     d_out: &'a mut [f32],
@@ -152,18 +231,137 @@ struct Buffers<'a> {
     value_width: usize,
 }
 
-impl<'a> Buffers<'a> {
-    fn sizes<K: Kernel>(p: &AttentionParameters, whole: bool, held: usize) -> [usize; 10] {
-        let (key, value) = (BLOCK * padded::<K>(p.key_width), BLOCK * padded::<K>(p.value_width));
-        let (key_columns, value_columns) = (p.key_width * STRIDE, p.value_width * STRIDE);
-        let dq = if whole { held } else { key * (p.query_heads / p.key_value_heads) };
-        let scores = BLOCK * STRIDE;
-        [key, value, key, key_columns, value_columns, scores, scores, key, value, dq]
+/// Blocks of f32, which a kernel multiplies.
+struct F32Blocks<K>(PhantomData<K>);
+
+/// Which gradients a visit of a pair of blocks adds to.
+#[derive(Clone, Copy)]
+pub(super) struct Wanted {
+    pub(super) queries: bool,
+    pub(super) keys: bool,
+}
+
+impl Backward<'_, '_> {
+    fn task<B: Blocks>(&self, task: &Task, memory: &mut B::Memory<'_>) {
+        let Task { segment, group, part } = task;
+        let p = self.inputs.parameters;
+        let heads = p.query_heads / p.key_value_heads;
+        let stride = BLOCK * B::key_width(p);
+        match *part {
+            Part::Document => {
+                B::dq(memory).fill(0.0);
+                for first in (0..segment.key_length).step_by(BLOCK) {
+                    let keys = first..segment.key_length.min(first + BLOCK);
+                    self.key_block::<B>(segment, *group, keys, memory, true);
+                }
+                for (index, first) in (0..segment.query_length).step_by(BLOCK).enumerate() {
+                    let queries = first..segment.query_length.min(first + BLOCK);
+                    for head in 0..heads {
+                        let dq = &mut B::dq(memory)[(index * heads + head) * stride..];
+                        self.store_queries::<B>(segment, group * heads + head, &queries, dq);
+                    }
+                }
+            }
+            Part::Keys(first) => {
+                let keys = first..segment.key_length.min(first + BLOCK);
+                self.key_block::<B>(segment, *group, keys, memory, false);
+            }
+            Part::Queries(first) => {
+                let queries = first..segment.query_length.min(first + BLOCK);
+                B::dq(memory).fill(0.0);
+                let seen = super::blocks::seen_by(self.inputs, segment, &queries);
+                for first in (seen.start / BLOCK * BLOCK..seen.end).step_by(BLOCK) {
+                    let keys = first..segment.key_length.min(first + BLOCK);
+                    let visible = &Visible::new(segment, p, queries.clone(), &keys);
+                    if !visible.is_empty() {
+                        B::load_keys(self, segment, *group, &keys, memory);
+                        let pair = Pair { segment, group: *group, visible, queries: &queries, keys: &keys };
+                        B::add_pair(self, &pair, memory, Wanted { queries: true, keys: false }, 0);
+                    }
+                }
+                for head in 0..heads {
+                    let dq = &mut B::dq(memory)[head * stride..];
+                    self.store_queries::<B>(segment, group * heads + head, &queries, dq);
+                }
+            }
+        }
     }
 
-    fn new<K: Kernel>(p: &AttentionParameters, pieces: [&'a mut [f32]; 10]) -> Self {
-        let [q, d_out, keys, key_columns, value_columns, scores, d_scores, dk, dv, dq] = pieces;
+    /// Computes and stores the gradients of a block of keys and values; adds to those of queries if they are held.
+    fn key_block<B: Blocks>(
+        &self,
+        segment: &Segment,
+        group: usize,
+        keys: Range<usize>,
+        memory: &mut B::Memory<'_>,
+        held: bool,
+    ) {
+        let p = self.inputs.parameters;
+        let heads = p.query_heads / p.key_value_heads;
+        B::load_keys(self, segment, group, &keys, memory);
+        for (index, first) in (0..segment.query_length).step_by(BLOCK).enumerate() {
+            let queries = first..segment.query_length.min(first + BLOCK);
+            let visible = &Visible::new(segment, p, queries.clone(), &keys);
+            if !visible.is_empty() {
+                let wanted = Wanted { queries: held, keys: true };
+                let at = if held { index * heads * BLOCK * B::key_width(p) } else { 0 };
+                let pair = Pair { segment, group, visible, queries: &queries, keys: &keys };
+                B::add_pair(self, &pair, memory, wanted, at);
+            }
+        }
+        B::store_keys(self, segment, group, &keys, memory);
+    }
+
+    /// Stores the gradient of a block of queries of one head.
+    fn store_queries<B: Blocks>(
+        &self,
+        segment: &Segment,
+        head: usize,
+        queries: &Range<usize>,
+        dq: &mut [f32],
+    ) {
+        let p = self.inputs.parameters;
+        for (row, values) in dq.chunks_exact_mut(B::key_width(p)).enumerate().take(queries.len()) {
+            let values = &mut values[..p.key_width];
+            scale_row(self.level, values, p.scale);
+            let token = segment.query_start + queries.start + row;
+            // SAFETY: the rows of this head and block belong to this task and lie within the checked tensor.
+            unsafe { self.dq.store((token * p.query_heads + head) * p.key_width, values) };
+        }
+    }
+
+    /// Turns scores, times `scale`, into probabilities, and gradients of probabilities into gradients of scores.
+    pub(super) fn differentiate_row(
+        &self,
+        visible: &Visible,
+        (row, at): (usize, usize),
+        (scores, d_scores): (&mut [f32], &mut [f32]),
+        scale: f32,
+    ) {
+        let seen = visible.of(row);
+        mask_row(d_scores, &seen, 0.0);
+        let groups = mask_row(scores, &seen, f32::NEG_INFINITY);
+        if !groups.is_empty() {
+            let (scores, d_scores) = (&mut scores[groups.clone()], &mut d_scores[groups]);
+            let (lse, delta) = (self.saved.lse[at], self.deltas[at]);
+            gradient_row(self.level, scores, d_scores, scale, self.inputs.parameters.softcap, lse, delta);
+        }
+    }
+}
+
+impl<K: Kernel<Packed = f32>> Blocks for F32Blocks<K> {
+    type Memory<'m> = Buffers<'m>;
+
+    fn key_width(p: &AttentionParameters) -> usize {
+        padded::<K>(p.key_width)
+    }
+
+    fn new<'m>(p: &AttentionParameters, buffer: &'m mut Buffer, held: usize) -> Buffers<'m> {
         let (key_width, value_width) = (padded::<K>(p.key_width), padded::<K>(p.value_width));
+        let (key, value, all_scores) = (BLOCK * key_width, BLOCK * value_width, BLOCK * STRIDE);
+        let (key_columns, value_columns) = (p.key_width * STRIDE, p.value_width * STRIDE);
+        let sizes = [key, value, key, key_columns, value_columns, all_scores, all_scores, key, value, held];
+        let [q, d_out, keys, key_columns, value_columns, scores, d_scores, dk, dv, dq] = carve(buffer, sizes);
         Buffers {
             q,
             d_out,
@@ -179,196 +377,88 @@ impl<'a> Buffers<'a> {
             value_width,
         }
     }
-}
 
-/// Which gradients a visit of a pair of blocks adds to.
-#[derive(Clone, Copy)]
-struct Wanted {
-    queries: bool,
-    keys: bool,
-}
-
-impl Backward<'_, '_> {
-    fn task<K: Kernel<Packed = f32>>(&self, task: &Task, buffers: &mut Buffers<'_>) {
-        let Task { segment, group, part } = task;
-        let p = self.inputs.parameters;
-        let heads = p.query_heads / p.key_value_heads;
-        let stride = BLOCK * buffers.key_width;
-        match *part {
-            Part::Document => {
-                buffers.dq.fill(0.0);
-                for first in (0..segment.key_length).step_by(BLOCK) {
-                    let keys = first..segment.key_length.min(first + BLOCK);
-                    self.key_block::<K>(segment, *group, keys, buffers, true);
-                }
-                for (index, first) in (0..segment.query_length).step_by(BLOCK).enumerate() {
-                    let queries = first..segment.query_length.min(first + BLOCK);
-                    for head in 0..heads {
-                        self.store_queries(
-                            segment,
-                            *group,
-                            head,
-                            &queries,
-                            buffers,
-                            (index * heads + head) * stride,
-                        );
-                    }
-                }
-            }
-            Part::Keys(first) => {
-                let keys = first..segment.key_length.min(first + BLOCK);
-                self.key_block::<K>(segment, *group, keys, buffers, false);
-            }
-            Part::Queries(first) => {
-                let queries = first..segment.query_length.min(first + BLOCK);
-                buffers.dq.fill(0.0);
-                let seen = super::blocks::seen_by(self.inputs, segment, &queries);
-                for first in (seen.start / BLOCK * BLOCK..seen.end).step_by(BLOCK) {
-                    let keys = first..segment.key_length.min(first + BLOCK);
-                    let visible = Visible::new(segment, p, queries.clone(), &keys);
-                    if !visible.is_empty() {
-                        self.load_keys(segment, *group, &keys, buffers);
-                        let wanted = Wanted { queries: true, keys: false };
-                        self.pairs::<K>(segment, *group, &visible, &queries, &keys, buffers, (wanted, 0));
-                    }
-                }
-                for head in 0..heads {
-                    self.store_queries(segment, *group, head, &queries, buffers, head * stride);
-                }
-            }
-        }
+    fn dq<'s>(memory: &'s mut Buffers<'_>) -> &'s mut [f32] {
+        memory.dq
     }
 
-    /// Computes and stores the gradients of a block of keys and values; adds to those of queries if they are held.
-    fn key_block<K: Kernel<Packed = f32>>(
-        &self,
+    fn load_keys(
+        pass: &Backward<'_, '_>,
         segment: &Segment,
         group: usize,
-        keys: Range<usize>,
-        buffers: &mut Buffers<'_>,
-        held: bool,
+        keys: &Range<usize>,
+        memory: &mut Buffers<'_>,
     ) {
-        let p = self.inputs.parameters;
-        let heads = p.query_heads / p.key_value_heads;
-        buffers.dk.fill(0.0);
-        buffers.dv.fill(0.0);
-        self.load_keys(segment, group, &keys, buffers);
-        for (index, first) in (0..segment.query_length).step_by(BLOCK).enumerate() {
-            let queries = first..segment.query_length.min(first + BLOCK);
-            let visible = Visible::new(segment, p, queries.clone(), &keys);
-            if !visible.is_empty() {
-                let wanted = Wanted { queries: held, keys: true };
-                let at = if held { index * heads * BLOCK * buffers.key_width } else { 0 };
-                self.pairs::<K>(segment, group, &visible, &queries, &keys, buffers, (wanted, at));
-            }
-        }
-        for row in 0..keys.len() {
-            let at = (segment.key_start + keys.start + row) * p.key_value_heads + group;
-            let dk = &buffers.dk[row * buffers.key_width..][..p.key_width];
-            let dv = &buffers.dv[row * buffers.value_width..][..p.value_width];
-            // SAFETY: the rows of this group and block belong to this task and lie within the checked tensors.
-            unsafe {
-                self.dk.store(at * p.key_width, dk);
-                self.dv.store(at * p.value_width, dv);
-            }
-        }
-    }
-
-    fn load_keys(&self, segment: &Segment, group: usize, keys: &Range<usize>, buffers: &mut Buffers<'_>) {
-        let p = self.inputs.parameters;
-        let k = Head::new(self.level, self.inputs.k, p.key_value_heads, p.key_width, group);
-        let v = Head::new(self.level, self.inputs.v, p.key_value_heads, p.value_width, group);
+        let p = pass.inputs.parameters;
+        let k = Head::new(pass.level, pass.inputs.k, p.key_value_heads, p.key_width, group);
+        let v = Head::new(pass.level, pass.inputs.v, p.key_value_heads, p.value_width, group);
         let tokens = segment.key_start + keys.start..segment.key_start + keys.end;
-        k.copy_rows(tokens.clone(), buffers.keys, buffers.key_width);
-        k.copy_columns(tokens.clone(), buffers.key_columns);
-        v.copy_columns(tokens, buffers.value_columns);
+        k.copy_rows(tokens.clone(), memory.keys, memory.key_width);
+        k.copy_columns(tokens.clone(), memory.key_columns);
+        v.copy_columns(tokens, memory.value_columns);
+        memory.dk.fill(0.0);
+        memory.dv.fill(0.0);
     }
 
-    /// Stores the gradient of a block of queries of one head of the group, which is held at `at`.
-    fn store_queries(
-        &self,
-        segment: &Segment,
-        group: usize,
-        head: usize,
-        queries: &Range<usize>,
-        buffers: &mut Buffers<'_>,
+    fn add_pair(
+        pass: &Backward<'_, '_>,
+        pair: &Pair<'_>,
+        memory: &mut Buffers<'_>,
+        wanted: Wanted,
         at: usize,
     ) {
-        let p = self.inputs.parameters;
-        let head = group * (p.query_heads / p.key_value_heads) + head;
-        for row in 0..queries.len() {
-            let values = &mut buffers.dq[at + row * buffers.key_width..][..p.key_width];
-            scale_row(self.level, values, p.scale);
-            let token = segment.query_start + queries.start + row;
-            // SAFETY: the rows of this head and block belong to this task and lie within the checked tensor.
-            unsafe { self.dq.store((token * p.query_heads + head) * p.key_width, values) };
-        }
-    }
-
-    /// Adds what a pair of blocks contributes, head by head of the group; the gradients of queries are held from `at` on.
-    #[expect(
-        clippy::too_many_arguments,
-        reason = "a pair of blocks is named by document, group, queries and keys"
-    )]
-    fn pairs<K: Kernel<Packed = f32>>(
-        &self,
-        segment: &Segment,
-        group: usize,
-        visible: &Visible,
-        queries: &Range<usize>,
-        keys: &Range<usize>,
-        buffers: &mut Buffers<'_>,
-        (wanted, at): (Wanted, usize),
-    ) {
-        let p = self.inputs.parameters;
+        let Pair { segment, group, visible, queries, keys } = *pair;
+        let p = pass.inputs.parameters;
         let heads = p.query_heads / p.key_value_heads;
-        let (key_width, value_width) = (buffers.key_width, buffers.value_width);
+        let Buffers { key_width, value_width, .. } = *memory;
         let tokens = segment.query_start + queries.start..segment.query_start + queries.end;
         for in_group in 0..heads {
             let head = group * heads + in_group;
-            let q = Head::new(self.level, self.inputs.q, p.query_heads, p.key_width, head);
-            let d_out = Head::new(self.level, self.saved.d_out, p.query_heads, p.value_width, head);
-            q.copy_rows(tokens.clone(), buffers.q, key_width);
-            scale_row(self.level, &mut buffers.q[..queries.len() * key_width], p.scale);
-            d_out.copy_rows(tokens.clone(), buffers.d_out, value_width);
-            multiply_scores::<K>(
-                visible,
-                (buffers.q, key_width),
-                buffers.key_columns,
-                p.key_width,
-                buffers.scores,
-            );
-            multiply_scores::<K>(
-                visible,
-                (buffers.d_out, value_width),
-                buffers.value_columns,
-                p.value_width,
-                buffers.d_scores,
-            );
-            self.differentiate(visible, tokens.start, head, buffers);
+            let q = Head::new(pass.level, pass.inputs.q, p.query_heads, p.key_width, head);
+            let d_out = Head::new(pass.level, pass.saved.d_out, p.query_heads, p.value_width, head);
+            q.copy_rows(tokens.clone(), memory.q, key_width);
+            scale_row(pass.level, &mut memory.q[..queries.len() * key_width], p.scale);
+            d_out.copy_rows(tokens.clone(), memory.d_out, value_width);
+            let left = (&*memory.q, key_width);
+            multiply_scores::<K>(visible, left, memory.key_columns, p.key_width, memory.scores);
+            let left = (&*memory.d_out, value_width);
+            multiply_scores::<K>(visible, left, memory.value_columns, p.value_width, memory.d_scores);
+            let rows = memory.scores.chunks_exact_mut(STRIDE).zip(memory.d_scores.chunks_exact_mut(STRIDE));
+            for (row, rows) in rows.enumerate().take(visible.queries) {
+                pass.differentiate_row(
+                    visible,
+                    (row, (tokens.start + row) * p.query_heads + head),
+                    rows,
+                    1.0,
+                );
+            }
             if wanted.keys {
-                add_by_key::<K>(visible, keys.len(), buffers.scores, buffers.d_out, value_width, buffers.dv);
-                add_by_key::<K>(visible, keys.len(), buffers.d_scores, buffers.q, key_width, buffers.dk);
+                add_by_key::<K>(visible, keys.len(), memory.scores, memory.d_out, value_width, memory.dv);
+                add_by_key::<K>(visible, keys.len(), memory.d_scores, memory.q, key_width, memory.dk);
             }
             if wanted.queries {
-                let dq = &mut buffers.dq[at + in_group * BLOCK * key_width..];
-                add_by_query::<K>(visible, buffers.d_scores, buffers.keys, key_width, dq);
+                let dq = &mut memory.dq[at + in_group * BLOCK * key_width..];
+                add_by_query::<K>(visible, memory.d_scores, memory.keys, key_width, dq);
             }
         }
     }
 
-    /// Turns scores into probabilities, and gradients of probabilities into gradients of scores.
-    fn differentiate(&self, visible: &Visible, first_token: usize, head: usize, buffers: &mut Buffers<'_>) {
-        let p = self.inputs.parameters;
-        let rows = buffers.scores.chunks_exact_mut(STRIDE).zip(buffers.d_scores.chunks_exact_mut(STRIDE));
-        for (row, (scores, d_scores)) in rows.enumerate().take(visible.queries) {
-            let seen = visible.of(row);
-            mask_row(d_scores, &seen, 0.0);
-            let groups = mask_row(scores, &seen, f32::NEG_INFINITY);
-            let at = (first_token + row) * p.query_heads + head;
-            if !groups.is_empty() {
-                let (scores, d_scores) = (&mut scores[groups.clone()], &mut d_scores[groups]);
-                gradient_row(self.level, scores, d_scores, p.softcap, self.saved.lse[at], self.deltas[at]);
+    fn store_keys(
+        pass: &Backward<'_, '_>,
+        segment: &Segment,
+        group: usize,
+        keys: &Range<usize>,
+        memory: &mut Buffers<'_>,
+    ) {
+        let p = pass.inputs.parameters;
+        for row in 0..keys.len() {
+            let at = (segment.key_start + keys.start + row) * p.key_value_heads + group;
+            let dk = &memory.dk[row * memory.key_width..][..p.key_width];
+            let dv = &memory.dv[row * memory.value_width..][..p.value_width];
+            // SAFETY: the rows of this group and block belong to this task and lie within the checked tensors.
+            unsafe {
+                pass.dk.store(at * p.key_width, dk);
+                pass.dv.store(at * p.value_width, dv);
             }
         }
     }

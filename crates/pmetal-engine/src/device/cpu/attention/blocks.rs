@@ -69,6 +69,11 @@ impl<'a> Head<'a> {
         self.copy(source, &mut out[..width * STRIDE], STRIDE, width);
     }
 
+    /// Tokens as a matrix [tokens, width].
+    pub(super) fn matrix(&self, tokens: Range<usize>) -> MatrixRef<'a> {
+        self.view.part(tokens, 0..self.view.columns())
+    }
+
     /// Tokens, where they are.
     pub(super) fn rows(&self, tokens: Range<usize>) -> math::Rows<'a> {
         let (count, width) = (tokens.len(), self.view.columns());

@@ -5,6 +5,8 @@ use super::blocks::{
 };
 use super::math::{exp, scale_row, softmax_row};
 use super::{ElementsMut, Inputs, Segment, SimdLevel, decode};
+#[cfg(target_arch = "x86_64")]
+use crate::device::cpu::gemm::amx::{Amx, Tiles};
 use crate::device::cpu::gemm::buffer::{Buffer, with_thread_tile};
 use crate::device::cpu::gemm::kernel::{self, F32Call, Kernel};
 use crate::device::cpu::gemm::tasks::{Shared, for_each_index};
@@ -17,18 +19,18 @@ pub(super) struct Results {
 }
 
 /// A block of queries of one document and the heads of one group; queries are relative to the document.
-struct Task {
-    segment: Segment,
+pub(super) struct Task {
+    pub(super) segment: Segment,
     /// Query heads that share a kv head; all of them, unless the queries are few.
-    heads: Range<usize>,
-    queries: Range<usize>,
+    pub(super) heads: Range<usize>,
+    pub(super) queries: Range<usize>,
 }
 
-struct Forward<'a, 'b> {
-    level: SimdLevel,
-    threads: usize,
-    inputs: &'a Inputs<'b>,
-    results: Results,
+pub(super) struct Forward<'a, 'b> {
+    pub(super) level: SimdLevel,
+    pub(super) threads: usize,
+    pub(super) inputs: &'a Inputs<'b>,
+    pub(super) results: Results,
 }
 
 pub(super) fn run(
@@ -38,12 +40,37 @@ pub(super) fn run(
     out: &mut ElementsMut<'_>,
     lse: &mut [f32],
 ) {
+    #[cfg(target_arch = "x86_64")]
+    if super::tiles::apply(level, &[inputs.q, inputs.k, inputs.v]) {
+        return run_tiles::<Amx>(level, threads, inputs, out, lse);
+    }
     let results = Results { out: Target::new(out), lse: Shared(lse.as_mut_ptr()) };
     kernel::dispatch_f32(level, Forward { level, threads, inputs, results });
 }
 
+/// Does what [`run`] does for tensors of bf16, in tiles of `T`.
+#[cfg(target_arch = "x86_64")]
+pub(super) fn run_tiles<T: Tiles>(
+    level: SimdLevel,
+    threads: usize,
+    inputs: &Inputs<'_>,
+    out: &mut ElementsMut<'_>,
+    lse: &mut [f32],
+) {
+    let results = Results { out: Target::new(out), lse: Shared(lse.as_mut_ptr()) };
+    let forward = Forward { level, threads, inputs, results };
+    forward.for_each_task(|task, buffer| forward.tile_block::<T>(task, buffer));
+}
+
 impl F32Call for Forward<'_, '_> {
     fn run<K: Kernel<Packed = f32>>(self) {
+        self.for_each_task(|task, buffer| self.block::<K>(task, buffer));
+    }
+}
+
+impl Forward<'_, '_> {
+    /// Runs `block` on every task of more than a few queries.
+    pub(super) fn for_each_task(&self, block: impl Fn(&Task, &mut Buffer) + Sync) {
         let p = self.inputs.parameters;
         let group_heads = p.query_heads / p.key_value_heads;
         let mut tasks = Vec::new();
@@ -84,7 +111,7 @@ impl F32Call for Forward<'_, '_> {
                             )
                         };
                     } else {
-                        self.block::<K>(task, buffer);
+                        block(task, buffer);
                     }
                 }
             });

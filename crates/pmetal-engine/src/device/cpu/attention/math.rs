@@ -1,11 +1,20 @@
 //! Exponentials and the row passes over scores: the same bits at every SIMD level, because each is the same sequence of
 //! IEEE operations per element, and sums run in 16 chains.
 
-use crate::device::cpu::gemm::convert::Element;
-use crate::device::cpu::gemm::{Elements, SimdLevel};
+#[cfg(target_arch = "x86_64")]
+use std::ops::Range;
 
-/// Scores are processed in whole groups of this many.
-pub(super) const LANES: usize = 16;
+#[cfg(target_arch = "x86_64")]
+use half::bf16;
+
+use crate::device::cpu::gemm::convert::Element;
+#[cfg(target_arch = "x86_64")]
+use crate::device::cpu::gemm::convert::round_to_bf16;
+use crate::device::cpu::gemm::{Elements, SimdLevel};
+/// Scores are processed in whole groups of [`LANES`].
+pub(super) use crate::device::cpu::simd::LANES;
+use crate::device::cpu::simd::tree_sum;
+
 /// Below, exp gives zero; the least normal number is exp(-87.33).
 const LEAST: f32 = -87.33;
 
@@ -44,24 +53,11 @@ fn tanh(x: f32) -> f32 {
     if magnitude < 0.25 { near } else { far.copysign(x) }
 }
 
-/// The sum of 16 chains, by halves.
-#[inline(always)]
-fn total(lanes: [f32; LANES]) -> f32 {
-    let mut lanes = lanes;
-    let mut half = LANES / 2;
-    while half > 0 {
-        for i in 0..half {
-            lanes[i] += lanes[i + half];
-        }
-        half /= 2;
-    }
-    lanes[0]
-}
-
 /// Defines a function whose body is compiled once for each SIMD level and chosen by its first argument.
 macro_rules! for_every_level {
-    ($(#[$doc:meta])* $visibility:vis fn $name:ident($($argument:ident: $kind:ty),*) $(-> $result:ty)? $body:block) => {
+    ($(#[$doc:meta])* $visibility:vis fn $name:ident($($argument:ident: $kind:ty),* $(,)?) $(-> $result:ty)? $body:block) => {
         $(#[$doc])*
+        #[allow(clippy::too_many_arguments)]
         $visibility fn $name(level: SimdLevel, $($argument: $kind),*) $(-> $result)? {
             #[inline(always)]
             fn body($($argument: $kind),*) $(-> $result)? $body
@@ -85,52 +81,96 @@ macro_rules! for_every_level {
     };
 }
 
+/// Replaces whole groups of scores by exponentials: see [`softmax_row`].
+#[inline(always)]
+fn exponentials(scores: &mut [f32], softcap: Option<f32>, max: f32) -> (f32, f32) {
+    if let Some(cap) = softcap {
+        for score in scores.iter_mut() {
+            let capped = cap * tanh(*score / cap);
+            *score = if *score == f32::NEG_INFINITY { *score } else { capped };
+        }
+    }
+    let mut lanes = [max; LANES];
+    for group in scores.chunks_exact(LANES) {
+        for (lane, &score) in lanes.iter_mut().zip(group) {
+            *lane = if score > *lane { score } else { *lane };
+        }
+    }
+    let max = lanes.into_iter().fold(max, |max, lane| if lane > max { lane } else { max });
+    let base = if max == f32::NEG_INFINITY { 0.0 } else { max };
+    let mut lanes = [0.0f32; LANES];
+    for group in scores.chunks_exact_mut(LANES) {
+        for (lane, score) in lanes.iter_mut().zip(group) {
+            *score = exp(*score - base);
+            *lane += *score;
+        }
+    }
+    (max, tree_sum(lanes))
+}
+
 for_every_level! {
     /// Applies the softcap, if any, to whole groups of scores, raises `max` to their maximum, replaces them by
     /// exp(score - max), and returns the new maximum and the sum. Masked scores are minus infinity and become 0.
     pub(super) fn softmax_row(scores: &mut [f32], softcap: Option<f32>, max: f32) -> (f32, f32) {
-        if let Some(cap) = softcap {
-            for score in scores.iter_mut() {
-                let capped = cap * tanh(*score / cap);
-                *score = if *score == f32::NEG_INFINITY { *score } else { capped };
-            }
-        }
-        let mut lanes = [max; LANES];
-        for group in scores.chunks_exact(LANES) {
-            for (lane, &score) in lanes.iter_mut().zip(group) {
-                *lane = if score > *lane { score } else { *lane };
-            }
-        }
-        let max = lanes.into_iter().fold(max, |max, lane| if lane > max { lane } else { max });
-        let base = if max == f32::NEG_INFINITY { 0.0 } else { max };
+        exponentials(scores, softcap, max)
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+for_every_level! {
+    /// What [`softmax_row`] does to `scale` times the scores that are `seen`, rounded to bf16 into `weights`; the sum is
+    /// that of the exponentials before they are rounded.
+    pub(super) fn softmax_weights(
+        scores: &mut [f32], weights: &mut [bf16], seen: Range<usize>, scale: f32, softcap: Option<f32>, max: f32
+    ) -> (f32, f32) {
         for score in scores.iter_mut() {
-            *score = exp(*score - base);
+            *score *= scale;
         }
-        let mut lanes = [0.0f32; LANES];
-        for group in scores.chunks_exact(LANES) {
-            for (lane, &score) in lanes.iter_mut().zip(group) {
-                *lane += score;
-            }
+        scores[..seen.start].fill(f32::NEG_INFINITY);
+        scores[seen.end..].fill(f32::NEG_INFINITY);
+        let result = exponentials(scores, softcap, max);
+        for (weight, &score) in weights.iter_mut().zip(scores.iter()) {
+            *weight = round_to_bf16(score);
         }
-        (max, total(lanes))
+        result
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+for_every_level! {
+    /// Rounds two rows to bf16 and packs them as pairs, of which the first row is the lower half.
+    pub(super) fn pack_pairs(first: &[f32], second: &[f32], pairs: &mut [u32]) {
+        for ((pair, &low), &high) in pairs.iter_mut().zip(first).zip(second) {
+            *pair = u32::from(round_to_bf16(low).to_bits()) | u32::from(round_to_bf16(high).to_bits()) << 16;
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+for_every_level! {
+    /// Rounds a row to bf16.
+    pub(super) fn narrow_row(values: &[f32], out: &mut [bf16]) {
+        for (out, &value) in out.iter_mut().zip(values) {
+            *out = round_to_bf16(value);
+        }
     }
 }
 
 for_every_level! {
-    /// Replaces scores (before the softcap) by probabilities exp(score - lse), and the gradients of the probabilities
+    /// Replaces scores, times `scale` (before the softcap), by probabilities exp(score - lse), and the gradients of the probabilities
     /// by those of the scores: `p * (gradient - delta)`, times the derivative of the softcap.
-    pub(super) fn gradient_row(scores: &mut [f32], gradients: &mut [f32], softcap: Option<f32>, lse: f32, delta: f32) {
+    pub(super) fn gradient_row(scores: &mut [f32], gradients: &mut [f32], scale: f32, softcap: Option<f32>, lse: f32, delta: f32) {
         match softcap {
             None => {
                 for (score, gradient) in scores.iter_mut().zip(gradients) {
-                    let probability = exp(*score - lse);
+                    let probability = exp(*score * scale - lse);
                     *score = probability;
                     *gradient = probability * (*gradient - delta);
                 }
             }
             Some(cap) => {
                 for (score, gradient) in scores.iter_mut().zip(gradients) {
-                    let capped = tanh(*score / cap);
+                    let capped = tanh(*score * scale / cap);
                     let probability = if *score == f32::NEG_INFINITY { 0.0 } else { exp(cap * capped - lse) };
                     *score = probability;
                     *gradient = probability * (*gradient - delta) * (1.0 - capped * capped);
@@ -162,7 +202,7 @@ fn dot_lanes<E: Element>(left: &[f32], right: &[E]) -> f32 {
     for ((lane, left), right) in lanes.iter_mut().zip(&left[whole..]).zip(&right[whole..]) {
         *lane = left.mul_add(right.widen(), *lane);
     }
-    total(lanes)
+    tree_sum(lanes)
 }
 
 for_every_level! {
@@ -296,7 +336,7 @@ mod tests {
         let run = |level: SimdLevel, cap: Option<f32>| {
             let (mut scores, mut again, mut gradients) = (row.clone(), row.clone(), row.clone());
             let (max, sum) = softmax_row(level, &mut scores, cap, f32::NEG_INFINITY);
-            gradient_row(level, &mut again, &mut gradients, cap, max + 1.0, 0.25);
+            gradient_row(level, &mut again, &mut gradients, 1.0, cap, max + 1.0, 0.25);
             let dot = dot(level, &scores[..83], &again[..83]);
             let all = scores.into_iter().chain(again).chain(gradients).chain([max, sum, dot]);
             all.map(f32::to_bits).collect::<Vec<_>>()

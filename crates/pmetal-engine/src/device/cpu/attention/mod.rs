@@ -11,6 +11,8 @@ mod forward;
 mod math;
 #[cfg(test)]
 mod tests;
+#[cfg(target_arch = "x86_64")]
+mod tiles;
 
 use std::ops::Range;
 

@@ -6,7 +6,7 @@
 //! chain per lane of 16 instead, with the same guarantee.
 
 #[cfg(target_arch = "x86_64")]
-mod amx;
+pub(super) mod amx;
 mod blocked;
 pub(super) mod buffer;
 pub(super) mod convert;

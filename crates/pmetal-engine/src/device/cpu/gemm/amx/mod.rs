@@ -3,7 +3,7 @@
 
 mod pack;
 #[cfg(test)]
-mod tests;
+pub(in crate::device::cpu) mod tests;
 mod tiles;
 
 use std::marker::PhantomData;
@@ -16,9 +16,9 @@ use super::epilogue::Output;
 use super::kernel::Sums;
 use super::matrix::Elements;
 use super::tasks::{Next, Shared, for_each_index};
-use pack::{Order, STEP_PAIRS};
-pub(super) use tiles::{Amx, is_permitted};
-use tiles::{Left, SIDE, STEP, Tiles};
+pub(in crate::device::cpu) use pack::{Order, STEP_PAIRS, pack};
+pub(super) use tiles::is_permitted;
+pub(in crate::device::cpu) use tiles::{Amx, Left, SIDE, STEP, Tiles};
 
 /// Steps of K that are summed without a break if they are all.
 const ALL_STEPS: usize = 96;
@@ -164,7 +164,7 @@ impl Work<'_, '_> {
                         unsafe { std::slice::from_raw_parts_mut(self.left.get().add(slot * size), size) };
                     let first = chunk.m.start + (left_panels.start + slot) * SIDE;
                     let sources = self.products.iter().map(|product| product.left);
-                    pack::pack(sources, first, chunk.steps.clone(), Order::Lanes, out);
+                    pack(sources, first, chunk.steps.clone(), Order::Lanes, out);
                 } else if let Some(right) = self.right {
                     let slot = slot - left_panels.len();
                     // SAFETY: as above.
@@ -178,7 +178,7 @@ impl Work<'_, '_> {
     /// Packs the right panel from `column` of the chunk on.
     fn pack_right(&self, chunk: &Chunk, column: usize, out: &mut [u32]) {
         let sources = self.products.iter().map(|product| product.right.transposed());
-        pack::pack(sources, chunk.n.start + column, chunk.steps.clone(), Order::Pairs, out);
+        pack(sources, chunk.n.start + column, chunk.steps.clone(), Order::Pairs, out);
     }
 
     fn run<T: Tiles>(&self, chunk: &Chunk, tile: &mut Buffer) {
@@ -301,10 +301,10 @@ impl Work<'_, '_> {
 }
 
 /// A thread that may multiply, until it is dropped.
-struct Prepared<T: Tiles>(PhantomData<*const T>);
+pub(in crate::device::cpu) struct Prepared<T: Tiles>(PhantomData<*const T>);
 
 impl<T: Tiles> Prepared<T> {
-    fn new() -> Self {
+    pub(in crate::device::cpu) fn new() -> Self {
         // SAFETY: whoever chose `T` saw that this processor can run it.
         unsafe { T::begin() };
         Prepared(PhantomData)

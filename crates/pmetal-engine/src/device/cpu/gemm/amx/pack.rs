@@ -8,11 +8,11 @@ use super::super::matrix::{Elements, MatrixRef};
 use super::tiles::{SIDE, STEP};
 
 /// Pairs of bf16 that a panel holds for each step.
-pub(super) const STEP_PAIRS: usize = SIDE * STEP / 2;
+pub(in crate::device::cpu) const STEP_PAIRS: usize = SIDE * STEP / 2;
 
 /// How a panel is laid out within a step.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Order {
+pub(in crate::device::cpu) enum Order {
     /// Lane by lane, 16 pairs of consecutive k each: rows of the left operand.
     Lanes,
     /// Pair by pair of k, 32 lanes each: columns of the right operand.
@@ -21,7 +21,7 @@ pub(super) enum Order {
 
 /// Packs 32 lanes from `first_lane` on of `sources` [lanes, K_i], each padded with zeros to whole steps, of which `steps`
 /// are taken. Lanes beyond the matrices are zeros.
-pub(super) fn pack<'s>(
+pub(in crate::device::cpu) fn pack<'s>(
     sources: impl Iterator<Item = MatrixRef<'s>>,
     first_lane: usize,
     steps: Range<usize>,

@@ -7,7 +7,7 @@ use super::super::{Arithmetic, Elements, Epilogue, MatrixMut, MatrixRef, SimdLev
 use super::*;
 
 /// What the tiles do, in the order of k.
-struct Model;
+pub(in crate::device::cpu) struct Model;
 
 impl Tiles for Model {
     const LEVEL: SimdLevel = SimdLevel::Avx2;

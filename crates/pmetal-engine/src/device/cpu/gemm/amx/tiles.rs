@@ -6,23 +6,23 @@ use super::super::kernel::Sums;
 use super::super::level::SimdLevel;
 
 /// Rows and columns of a tile of the output: two by two registers of 16 x 16 sums.
-pub(super) const SIDE: usize = 32;
+pub(in crate::device::cpu) const SIDE: usize = 32;
 /// K of one step: what one instruction multiplies.
-pub(super) const STEP: usize = 32;
+pub(in crate::device::cpu) const STEP: usize = 32;
 
 /// Rows of the left operand, in bytes: a row holds a step's K in 64 bytes.
 #[derive(Clone, Copy)]
-pub(in crate::device::cpu::gemm) struct Left {
-    pub(super) pointer: *const u8,
-    pub(super) row_stride: usize,
-    pub(super) step_stride: usize,
+pub(in crate::device::cpu) struct Left {
+    pub(in crate::device::cpu) pointer: *const u8,
+    pub(in crate::device::cpu) row_stride: usize,
+    pub(in crate::device::cpu) step_stride: usize,
 }
 
 // SAFETY: what it points to is only read while tasks share it.
 unsafe impl Sync for Left {}
 
 /// A way to multiply packed tiles.
-pub(in crate::device::cpu::gemm) trait Tiles {
+pub(in crate::device::cpu) trait Tiles {
     /// The instructions that it needs, which the epilogue may use as well.
     const LEVEL: SimdLevel;
 
@@ -48,7 +48,7 @@ pub(in crate::device::cpu::gemm) trait Tiles {
 
 /// The tile registers of AMX. No compiler or library uses them unless told to, so what is configured stays from
 /// `begin` to `end`, which are both within one run of a task on one thread; the system saves them with the thread.
-pub(in crate::device::cpu::gemm) struct Amx;
+pub(in crate::device::cpu) struct Amx;
 
 /// What `ldtilecfg` reads: palette 1, and 16 rows of 64 bytes for each of the eight registers.
 #[repr(C, align(64))]
