@@ -2,11 +2,10 @@
 //! IEEE operations per element, and sums run in 16 chains.
 
 #[cfg(target_arch = "x86_64")]
-use std::ops::Range;
-
-#[cfg(target_arch = "x86_64")]
 use half::bf16;
 
+#[cfg(target_arch = "x86_64")]
+use super::blocks::BLOCK;
 use crate::device::cpu::gemm::convert::Element;
 #[cfg(target_arch = "x86_64")]
 use crate::device::cpu::gemm::convert::round_to_bf16;
@@ -81,6 +80,19 @@ macro_rules! for_every_level {
     };
 }
 
+/// The greatest of 16 lanes, by halves: a chain of 16 comparisons would take longer than a row's exponentials.
+#[inline(always)]
+fn tree_max(mut lanes: [f32; LANES]) -> f32 {
+    let mut width = LANES / 2;
+    while width > 0 {
+        for lane in 0..width {
+            lanes[lane] = if lanes[lane + width] > lanes[lane] { lanes[lane + width] } else { lanes[lane] };
+        }
+        width /= 2;
+    }
+    lanes[0]
+}
+
 /// Replaces whole groups of scores by exponentials: see [`softmax_row`].
 #[inline(always)]
 fn exponentials(scores: &mut [f32], softcap: Option<f32>, max: f32) -> (f32, f32) {
@@ -96,7 +108,7 @@ fn exponentials(scores: &mut [f32], softcap: Option<f32>, max: f32) -> (f32, f32
             *lane = if score > *lane { score } else { *lane };
         }
     }
-    let max = lanes.into_iter().fold(max, |max, lane| if lane > max { lane } else { max });
+    let max = tree_max(lanes);
     let base = if max == f32::NEG_INFINITY { 0.0 } else { max };
     let mut lanes = [0.0f32; LANES];
     for group in scores.chunks_exact_mut(LANES) {
@@ -116,42 +128,106 @@ for_every_level! {
     }
 }
 
+/// A row of a block.
+#[cfg(target_arch = "x86_64")]
+pub(super) type Row<T> = [T; BLOCK];
+
+/// The value where a row is seen, something else elsewhere; without branches, so that loops over it vectorise.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+fn where_seen(index: usize, seen: (u32, u32), value: f32, otherwise: f32) -> f32 {
+    let index = index as u32;
+    if (index >= seen.0) & (index < seen.1) { value } else { otherwise }
+}
+
 #[cfg(target_arch = "x86_64")]
 for_every_level! {
-    /// What [`softmax_row`] does to `scale` times the scores that are `seen`, rounded to bf16 into `weights`; the sum is
-    /// that of the exponentials before they are rounded.
+    /// What [`softmax_row`] does to `scale` times the scores that are `seen`, all others being minus infinity, rounded to
+    /// bf16 into `weights`; the sum is that of the exponentials before they are rounded. Always the whole row: its
+    /// constant length costs less than the branches of a shorter one.
     pub(super) fn softmax_weights(
-        scores: &mut [f32], weights: &mut [bf16], seen: Range<usize>, scale: f32, softcap: Option<f32>, max: f32
+        scores: &Row<f32>, weights: &mut Row<bf16>, seen: (u32, u32), scale: f32, softcap: Option<f32>, max: f32,
     ) -> (f32, f32) {
-        for score in scores.iter_mut() {
-            *score *= scale;
+        let mut row = *scores;
+        for value in &mut row {
+            *value *= scale;
         }
-        scores[..seen.start].fill(f32::NEG_INFINITY);
-        scores[seen.end..].fill(f32::NEG_INFINITY);
-        let result = exponentials(scores, softcap, max);
-        for (weight, &score) in weights.iter_mut().zip(scores.iter()) {
-            *weight = round_to_bf16(score);
+        if let Some(cap) = softcap {
+            for value in &mut row {
+                *value = cap * tanh(*value / cap);
+            }
         }
-        result
+        let mut lanes = [max; LANES];
+        for (group, values) in row.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
+            for lane in 0..LANES {
+                values[lane] = where_seen(group * LANES + lane, seen, values[lane], f32::NEG_INFINITY);
+                lanes[lane] = if values[lane] > lanes[lane] { values[lane] } else { lanes[lane] };
+            }
+        }
+        let max = tree_max(lanes);
+        let base = if max == f32::NEG_INFINITY { 0.0 } else { max };
+        let mut lanes = [0.0f32; LANES];
+        for (values, weights) in row.as_chunks::<LANES>().0.iter().zip(weights.as_chunks_mut::<LANES>().0) {
+            for lane in 0..LANES {
+                let value = exp(values[lane] - base);
+                lanes[lane] += value;
+                weights[lane] = round_to_bf16(value);
+            }
+        }
+        (max, tree_sum(lanes))
     }
+}
+
+/// What [`gradient_rows`] reads of one row besides its scores.
+#[cfg(target_arch = "x86_64")]
+#[derive(Clone, Copy)]
+pub(super) struct Seen {
+    pub(super) range: (u32, u32),
+    pub(super) lse: f32,
+    pub(super) delta: f32,
 }
 
 #[cfg(target_arch = "x86_64")]
 for_every_level! {
-    /// Rounds two rows to bf16 and packs them as pairs, of which the first row is the lower half.
-    pub(super) fn pack_pairs(first: &[f32], second: &[f32], pairs: &mut [u32]) {
-        for ((pair, &low), &high) in pairs.iter_mut().zip(first).zip(second) {
-            *pair = u32::from(round_to_bf16(low).to_bits()) | u32::from(round_to_bf16(high).to_bits()) << 16;
+    /// What [`gradient_row`] does to two rows, zeros where they are not seen, in bf16: both results as pairs of the two
+    /// rows, the gradients of scores also by rows.
+    pub(super) fn gradient_rows(
+        scores: [&Row<f32>; 2], gradients: [&Row<f32>; 2], seen: [Seen; 2], scale: f32, softcap: Option<f32>,
+        pairs: [&mut Row<u32>; 2], rows: [&mut Row<bf16>; 2],
+    ) {
+        let mut probabilities = [[0.0f32; BLOCK]; 2];
+        let mut results = [[0.0f32; BLOCK]; 2];
+        for row in 0..2 {
+            let Seen { range, lse, delta } = seen[row];
+            for i in 0..BLOCK {
+                let score = scores[row][i] * scale;
+                let probability = where_seen(i, range, exp(score - lse), 0.0);
+                probabilities[row][i] = probability;
+                results[row][i] = where_seen(i, range, probability * (gradients[row][i] - delta), 0.0);
+            }
+            if let Some(cap) = softcap {
+                for i in 0..BLOCK {
+                    let capped = tanh(scores[row][i] * scale / cap);
+                    let probability = where_seen(i, range, exp(cap * capped - lse), 0.0);
+                    let slope = probability * (gradients[row][i] - delta) * (1.0 - capped * capped);
+                    probabilities[row][i] = probability;
+                    results[row][i] = where_seen(i, range, slope, 0.0);
+                }
+            }
         }
-    }
-}
-
-#[cfg(target_arch = "x86_64")]
-for_every_level! {
-    /// Rounds a row to bf16.
-    pub(super) fn narrow_row(values: &[f32], out: &mut [bf16]) {
-        for (out, &value) in out.iter_mut().zip(values) {
-            *out = round_to_bf16(value);
+        let pair = |values: &[Row<f32>; 2], i: usize| {
+            let [low, high] = [values[0][i], values[1][i]].map(|value| u32::from(round_to_bf16(value).to_bits()));
+            low | high << 16
+        };
+        for (values, pairs) in [&probabilities, &results].into_iter().zip(pairs) {
+            for (i, out) in pairs.iter_mut().enumerate() {
+                *out = pair(values, i);
+            }
+        }
+        for (values, rows) in results.iter().zip(rows) {
+            for (out, &value) in rows.iter_mut().zip(values) {
+                *out = round_to_bf16(value);
+            }
         }
     }
 }

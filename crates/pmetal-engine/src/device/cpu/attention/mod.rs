@@ -1,6 +1,7 @@
 //! Attention on the CPU, forward and backward, in blocks: the scores of a block of queries and keys at a time, never
 //! those of all. Blocks are fixed and their contributions added in order, so the results are bit-identical for any
-//! number of threads, and at every SIMD level.
+//! number of threads, and at every SIMD level; but a matrix unit multiplies tensors of bf16 in tiles, with weights rounded
+//! to bf16 as well.
 //!
 //! Letters: H query heads, K kv heads, G = H / K heads of a group, E key width, V value width, T tokens.
 

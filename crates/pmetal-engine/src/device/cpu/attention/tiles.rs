@@ -8,7 +8,7 @@ use half::bf16;
 use super::backward::{Backward, Blocks, Pair, Wanted};
 use super::blocks::{BLOCK, Head, STRIDE, Visible, carve, seen_by};
 use super::forward::{Forward, Task};
-use super::math::{LANES, exp, narrow_row, pack_pairs, scale_row, softmax_weights};
+use super::math::{Row, Seen, exp, gradient_rows, scale_row, softmax_weights};
 use super::{AttentionParameters, Elements, Inputs, Segment, SimdLevel};
 use crate::device::cpu::gemm::MatrixRef;
 use crate::device::cpu::gemm::amx::{Left, Order, Prepared, SIDE, STEP, STEP_PAIRS, Tiles, pack};
@@ -220,13 +220,9 @@ impl Forward<'_, '_> {
                 weights.fill(bf16::ZERO);
                 continue;
             }
-            let groups = seen.start / LANES * LANES..seen.end.next_multiple_of(LANES);
-            weights[..groups.start].fill(bf16::ZERO);
-            weights[groups.end..].fill(bf16::ZERO);
-            let within = seen.start - groups.start..seen.end - groups.start;
-            let (scores, weights) = (&mut scores[groups.clone()], &mut weights[groups]);
-            let old = state.maxima[row];
-            let (max, sum) = softmax_weights(self.level, scores, weights, within, p.scale, p.softcap, old);
+            let (scores, weights) = (row_of(scores), row_of_mut(weights));
+            let (old, seen) = (state.maxima[row], (seen.start as u32, seen.end as u32));
+            let (max, sum) = softmax_weights(self.level, scores, weights, seen, p.scale, p.softcap, old);
             if max == old {
                 state.sums[row] += sum;
                 continue;
@@ -391,35 +387,51 @@ impl<T: Tiles> Blocks for TileBlocks<T> {
     }
 }
 
+/// The first elements of a slice, of which there are enough.
+fn row_of<T>(values: &[T]) -> &Row<T> {
+    values.first_chunk().expect("invariant: a row holds a block")
+}
+
+fn row_of_mut<T>(values: &mut [T]) -> &mut Row<T> {
+    values.first_chunk_mut().expect("invariant: a row holds a block")
+}
+
 /// Turns scores and gradients of probabilities into packed probabilities and gradients of scores, two rows at a time.
 fn differentiate(pass: &Backward<'_, '_>, pair: &Pair<'_>, head: usize, memory: &mut TileBuffers<'_>) {
     let p = pass.inputs.parameters;
     let first_token = pair.segment.query_start + pair.queries.start;
     let weight_pairs = bytemuck::cast_slice_mut::<f32, u32>(memory.weight_pairs);
     let d_score_pairs = bytemuck::cast_slice_mut::<f32, u32>(memory.d_score_pairs);
-    let d_score_rows = bytemuck::cast_slice_mut::<f32, bf16>(memory.d_score_rows);
-    let rows = memory.scores.chunks_exact_mut(2 * STRIDE).zip(memory.d_scores.chunks_exact_mut(2 * STRIDE));
+    let rows = bytemuck::cast_slice_mut::<f32, bf16>(memory.d_score_rows).chunks_exact_mut(2 * BLOCK);
+    let scores = memory.scores.chunks_exact(2 * STRIDE).zip(memory.d_scores.chunks_exact(2 * STRIDE));
+    // Sums over queries run to the end of a step: rows beyond the queries see nothing.
     let used = pair.visible.queries.next_multiple_of(STEP) / 2;
-    for (couple, (scores, d_scores)) in rows.enumerate().take(used) {
-        let both = scores.chunks_exact_mut(STRIDE).zip(d_scores.chunks_exact_mut(STRIDE));
-        for (row, (scores, d_scores)) in (2 * couple..).zip(both) {
-            if row < pair.visible.queries {
-                let at = (first_token + row) * p.query_heads + head;
-                pass.differentiate_row(pair.visible, (row, at), (scores, d_scores), p.scale);
-            } else {
-                // Sums over queries run to the end of a step.
-                scores[..BLOCK].fill(0.0);
-                d_scores[..BLOCK].fill(0.0);
+    for (couple, ((scores, d_scores), rows)) in scores.zip(rows).enumerate().take(used) {
+        let seen = [2 * couple, 2 * couple + 1].map(|row| {
+            if row >= pair.visible.queries {
+                return Seen { range: (0, 0), lse: 0.0, delta: 0.0 };
             }
-            narrow_row(pass.level, &d_scores[..BLOCK], &mut d_score_rows[row * BLOCK..(row + 1) * BLOCK]);
-        }
+            let (seen, at) = (pair.visible.of(row), (first_token + row) * p.query_heads + head);
+            let range = (seen.start as u32, seen.end as u32);
+            Seen { range, lse: pass.saved.lse[at], delta: pass.deltas[at] }
+        });
+        let (first, second) = rows.split_at_mut(BLOCK);
+        let mut pairs = [[0u32; BLOCK]; 2];
+        let [weights, gradients] = &mut pairs;
+        gradient_rows(
+            pass.level,
+            [row_of(scores), row_of(&scores[STRIDE..])],
+            [row_of(d_scores), row_of(&d_scores[STRIDE..])],
+            seen,
+            p.scale,
+            p.softcap,
+            [weights, gradients],
+            [row_of_mut(first), row_of_mut(second)],
+        );
         let within = (couple / (STEP / 2)) * STEP_PAIRS + couple % (STEP / 2) * SIDE;
-        for (values, pairs) in [(&*scores, &mut *weight_pairs), (&*d_scores, &mut *d_score_pairs)] {
-            let (first, second) = values.split_at(STRIDE);
-            for panel in 0..PANELS {
-                let lanes = panel * SIDE..(panel + 1) * SIDE;
-                let out = &mut pairs[panel * PANELS * STEP_PAIRS + within..][..SIDE];
-                pack_pairs(pass.level, &first[lanes.clone()], &second[lanes], out);
+        for (values, packed) in pairs.iter().zip([&mut *weight_pairs, &mut *d_score_pairs]) {
+            for (panel, values) in values.chunks_exact(SIDE).enumerate() {
+                packed[panel * PANELS * STEP_PAIRS + within..][..SIDE].copy_from_slice(values);
             }
         }
     }
