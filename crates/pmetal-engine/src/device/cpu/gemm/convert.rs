@@ -52,6 +52,20 @@ pub(super) fn narrowed(low: __m256, high: __m256) -> __m256i {
     _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packus_epi32(low, high))
 }
 
+/// Sixteen values rounded to bf16, in order.
+#[cfg(target_arch = "x86_64")]
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+pub(super) fn narrowed_avx512(values: __m512) -> __m256i {
+    let bits = _mm512_castps_si512(values);
+    let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
+    let rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    let quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x0040_0000));
+    let is_nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(values, values);
+    let chosen = _mm512_mask_blend_epi32(is_nan, rounded, quiet);
+    _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(chosen))
+}
+
 /// Values rounded to bf16, ties to even, in the upper half of each lane and zeros in the lower; NaN stays NaN.
 #[cfg(target_arch = "x86_64")]
 #[inline]

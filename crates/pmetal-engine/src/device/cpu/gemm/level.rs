@@ -82,6 +82,11 @@ impl SimdLevel {
         !matches!(self, SimdLevel::Portable | SimdLevel::Neon)
     }
 
+    /// Whether x86 AVX-512 F, BW, DQ and VL are part of it.
+    pub(in crate::device::cpu) fn has_avx512(self) -> bool {
+        matches!(self, SimdLevel::Avx512 | SimdLevel::Avx512Bf16 | SimdLevel::Avx512Amx)
+    }
+
     /// Whether this processor can run it and the operating system lets it.
     pub fn is_available(self) -> bool {
         #[cfg(target_arch = "x86_64")]

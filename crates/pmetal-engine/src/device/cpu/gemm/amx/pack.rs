@@ -38,6 +38,13 @@ pub(in crate::device::cpu) fn pack<'s>(
             let lanes = SIDE.min(source.rows - first_lane);
             let k = (from - start) * STEP..source.columns.min((to - start) * STEP);
             let part = source.part(first_lane..first_lane + lanes, k);
+            let done = super::wide::pack_steps(part, order, out);
+            let part = part.part(0..lanes, (done * STEP).min(part.columns)..part.columns);
+            let out = &mut out[done * STEP_PAIRS..];
+            if out.is_empty() {
+                start = end;
+                continue;
+            }
             // SAFETY: the features were detected.
             unsafe {
                 match part.elements {

@@ -90,6 +90,10 @@ fn sums_are_exact_for_all_layouts_dtypes_and_edges() {
         (40, 33, 3200),
         (40, 70, 4100),
         (600, 20, 3104),
+        (16, 576, 700),
+        (300, 16, 2048),
+        (70, 32, 5000),
+        (1100, 200, 170),
     ];
     let mut workspace = Workspace::new();
     for (index, (m, n, k)) in shapes.into_iter().enumerate() {
@@ -138,7 +142,7 @@ fn bits_do_not_depend_on_the_number_of_threads() {
     if !has_packing() {
         return;
     }
-    for (m, n, k) in [(40, 200, 3200), (600, 90, 100), (2000, 16, 64)] {
+    for (m, n, k) in [(40, 200, 3200), (16, 200, 3200), (600, 90, 100), (2000, 16, 64), (1500, 70, 90)] {
         let (left, right) = (integers(m * k, 1), integers(k * n, 2));
         let left: Vec<f32> = left.iter().enumerate().map(|(i, value)| value / (1 + i % 7) as f32).collect();
         let left = bf16s(&left);
