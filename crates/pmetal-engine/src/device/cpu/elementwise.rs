@@ -62,8 +62,11 @@ pub(super) fn embedding_backward(
 
 multiversion! {
     fn rotate_halves<X: Element>(head: &mut [X], cosines: &[f32], sines: &[f32], direction: f32) {
-        let (first, rest) = head.split_at_mut(cosines.len());
-        for i in 0..cosines.len() {
+        // Equal lengths, which the compiler sees, make the loop free of bounds checks and thus vectors.
+        let half = cosines.len();
+        let (first, rest) = head.split_at_mut(half);
+        let (rest, sines) = (&mut rest[..half], &sines[..half]);
+        for i in 0..half {
             let (a, b) = (first[i].widen(), rest[i].widen());
             let (cosine, sine) = (cosines[i], sines[i] * direction);
             first[i] = X::narrow(a * cosine - b * sine);
@@ -146,7 +149,10 @@ pub(super) fn gated(activation: GateActivation, gate: &Tensor, up: &Tensor, out:
 
 multiversion! {
     fn silu_backward_task<X: Element>(gate: &[X], up: &[X], d_out: &[X], d_gate: &mut [X], d_up: &mut [X]) {
-        for i in 0..gate.len() {
+        let count = gate.len();
+        let (up, d_out) = (&up[..count], &d_out[..count]);
+        let (d_gate, d_up) = (&mut d_gate[..count], &mut d_up[..count]);
+        for i in 0..count {
             let (x, slope) = (gate[i].widen(), d_out[i].widen());
             let share = sigmoid(x);
             d_up[i] = X::narrow(slope * x * share);
@@ -157,7 +163,10 @@ multiversion! {
 
 multiversion! {
     fn gelu_backward_task<X: Element>(gate: &[X], up: &[X], d_out: &[X], d_gate: &mut [X], d_up: &mut [X]) {
-        for i in 0..gate.len() {
+        let count = gate.len();
+        let (up, d_out) = (&up[..count], &d_out[..count]);
+        let (d_gate, d_up) = (&mut d_gate[..count], &mut d_up[..count]);
+        for i in 0..count {
             let (value, derivative) = gelu_tanh(gate[i].widen());
             let slope = d_out[i].widen();
             d_up[i] = X::narrow(slope * value);

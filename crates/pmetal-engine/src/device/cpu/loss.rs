@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 
-use super::simd::{LANES, exp, lane_sum, multiversion, tanh};
+use super::simd::{LANES, exp, multiversion, tanh, tree_sum};
 use crate::device::CrossEntropyParameters;
 use crate::tensor::Tensor;
 
@@ -22,10 +22,14 @@ multiversion! {
 multiversion! {
     /// Replaces the row by e^(x - shift) and returns the sum.
     fn exponentials(row: &mut [f32], shift: f32) -> f32 {
-        for value in row.iter_mut() {
-            *value = exp(*value - shift);
+        let mut sums = [0.0_f32; LANES];
+        for chunk in row.chunks_mut(LANES) {
+            for (value, sum) in chunk.iter_mut().zip(&mut sums) {
+                *value = exp(*value - shift);
+                *sum += *value;
+            }
         }
-        lane_sum((row, row, row), |x, _, _, sum| sum + x)
+        tree_sum(sums)
     }
 }
 
