@@ -11,11 +11,10 @@ use super::level::SimdLevel;
 use super::matrix::{Elements, MatrixMut, MatrixRef};
 use super::tasks::for_each_index;
 use super::{Epilogue, Product};
+use crate::device::cpu::simd::{LANES, tree_sum};
 
 /// Most rows; beyond, packing the weights pays.
 const MAX_ROWS: usize = 8;
-/// Chains of multiply-adds of a sum: the same on every processor, so that all add in the same order.
-const LANES: usize = 16;
 /// Output columns of a task.
 const COLUMNS: usize = 32;
 /// Multiply-adds below which waking other threads costs more than it gains.
@@ -150,23 +149,10 @@ impl Strip<'_, '_> {
         }
         for (sums, out) in sums.iter().zip(out) {
             for (i, sums) in sums.iter().enumerate() {
-                out[at + i] = total(sums);
+                out[at + i] = tree_sum(*sums);
             }
         }
     }
-}
-
-/// The sum of the chains, by halves.
-fn total(lanes: &[f32; LANES]) -> f32 {
-    let mut lanes = *lanes;
-    let mut half = LANES / 2;
-    while half > 0 {
-        for i in 0..half {
-            lanes[i] += lanes[i + half];
-        }
-        half /= 2;
-    }
-    lanes[0]
 }
 
 /// Adds the products of `M` rows with the `N` columns from the start of `values` on.
@@ -192,6 +178,20 @@ fn add<E: Element, const M: usize, const N: usize>(
 }
 
 /// # Safety
+/// The processor has AVX2 and F16C.
+#[cfg(target_arch = "x86_64")]
+#[inline]
+#[target_feature(enable = "avx2,f16c")]
+unsafe fn widen_avx2<E: Element>(values: &[E; LANES]) -> [f32; LANES] {
+    // SAFETY: both halves of the sixteen values may be read; any bits are floats. A prefetch reads nothing.
+    unsafe {
+        _mm_prefetch::<_MM_HINT_T0>(values.as_ptr().cast::<i8>().wrapping_add(PREFETCH_BYTES));
+        let halves = [E::load(values.as_ptr()), E::load(values.as_ptr().add(8))];
+        std::mem::transmute::<[__m256; 2], [f32; LANES]>(halves)
+    }
+}
+
+/// # Safety
 /// The processor has AVX2, FMA and F16C.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma,f16c")]
@@ -200,14 +200,8 @@ unsafe fn add_avx2<E: Element, const M: usize, const N: usize>(
     columns: [&[E]; N],
     sums: &mut Sums<M, N>,
 ) {
-    add_lanes(left, columns, sums, |values| {
-        // SAFETY: both halves of the sixteen values may be read; any bits are floats. A prefetch reads nothing.
-        unsafe {
-            _mm_prefetch::<_MM_HINT_T0>(values.as_ptr().cast::<i8>().wrapping_add(PREFETCH_BYTES));
-            let halves = [E::load(values.as_ptr()), E::load(values.as_ptr().add(8))];
-            std::mem::transmute::<[__m256; 2], [f32; LANES]>(halves)
-        }
-    });
+    // SAFETY: granted by the caller.
+    add_lanes(left, columns, sums, |values| unsafe { widen_avx2(values) });
 }
 
 /// # Safety
@@ -219,14 +213,8 @@ unsafe fn add_avx512<E: Element, const M: usize, const N: usize>(
     columns: [&[E]; N],
     sums: &mut Sums<M, N>,
 ) {
-    add_lanes(left, columns, sums, |values| {
-        // SAFETY: both halves of the sixteen values may be read; any bits are floats. A prefetch reads nothing.
-        unsafe {
-            _mm_prefetch::<_MM_HINT_T0>(values.as_ptr().cast::<i8>().wrapping_add(PREFETCH_BYTES));
-            let halves = [E::load(values.as_ptr()), E::load(values.as_ptr().add(8))];
-            std::mem::transmute::<[__m256; 2], [f32; LANES]>(halves)
-        }
-    });
+    // SAFETY: granted by the caller.
+    add_lanes(left, columns, sums, |values| unsafe { widen_avx2(values) });
 }
 
 /// The arithmetic of all levels; the compiler turns its loops over lanes into their vectors.
