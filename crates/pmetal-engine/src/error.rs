@@ -55,6 +55,16 @@ pub enum Error {
         /// What was live when it was asked for.
         live_bytes: usize,
     },
+    /// A call of a device's driver or library failed; for asynchronous work, the first one that did.
+    #[error("{device}: {call} failed: {reason}")]
+    Driver {
+        /// The device's name.
+        device: &'static str,
+        /// The call or kernel.
+        call: String,
+        /// What the driver says.
+        reason: String,
+    },
     /// A recorded block of the caller failed for a reason of its own.
     #[error("{0}")]
     Other(String),

@@ -1,6 +1,7 @@
 //! A device is a set of kernels and the memory they work on.
 
 pub mod cpu;
+pub(crate) mod gpu;
 
 use std::sync::Arc;
 
@@ -11,6 +12,7 @@ use crate::tensor::{AlignedBytes, Tensor};
 
 pub use cpu::attention::{AttentionParameters, Segment};
 pub use cpu::gemm::{Arithmetic, SimdLevel};
+pub use gpu::cuda::{CudaDevice, CudaLibrary, cuda_devices, cuda_libraries};
 
 /// A handle to a device; clones share its memory counters.
 #[derive(Clone)]

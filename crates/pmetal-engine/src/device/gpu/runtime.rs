@@ -1,0 +1,135 @@
+//! What the GPU kernels need of a driver.
+
+use crate::DType;
+use crate::error::Result;
+
+/// The driver of one device. Everything is ordered on one stream. The first failure of asynchronous work is kept,
+/// with the name of the call or kernel, and returned by [`Self::synchronize`] and [`Self::download`] ever after,
+/// because nothing computed behind it can be trusted.
+pub(crate) trait Runtime: Send + Sync {
+    /// A short name such as `cuda`.
+    fn name(&self) -> &'static str;
+
+    /// Memory at an address that 256 divides, contents undefined; `None` when the device has no more.
+    fn allocate(&self, bytes: usize) -> Option<u64>;
+
+    /// Takes memory of [`Self::allocate`] back; work that was enqueued before may still use it.
+    fn free(&self, address: u64, bytes: usize);
+
+    /// Copies to the device; the source may be reused on return. Refused (and kept as a failure) while a capture
+    /// is recording, because a replay would read the source again.
+    fn upload(&self, bytes: &[u8], address: u64);
+
+    /// Copies from the device after all work before it, and waits.
+    ///
+    /// # Errors
+    /// [`crate::Error::Driver`] with the first failure so far.
+    fn download(&self, address: u64, bytes: &mut [u8]) -> Result<()>;
+
+    /// Copies within the device; the ranges do not overlap.
+    fn copy(&self, source: u64, target: u64, bytes: usize);
+
+    /// Copies `rows` rows; source and target are an address and a pitch in bytes.
+    fn copy_rows(&self, source: (u64, usize), target: (u64, usize), row_bytes: usize, rows: usize);
+
+    /// Sets every byte.
+    fn fill(&self, address: u64, byte: u8, bytes: usize);
+
+    /// Enqueues a kernel; the module is compiled at its first use. A grid without blocks is no work.
+    fn launch(&self, launch: &Launch<'_>);
+
+    /// Enqueues a matrix product.
+    ///
+    /// # Errors
+    /// [`crate::Error::Unsupported`] for a combination of types that the library does not multiply.
+    fn gemm(&self, gemm: &Gemm) -> Result<()>;
+
+    /// Waits for all work.
+    ///
+    /// # Errors
+    /// [`crate::Error::Driver`] with the first failure so far.
+    fn synchronize(&self) -> Result<()>;
+}
+
+/// Kernel text, compiled once per set of macros.
+#[derive(Debug)]
+pub(crate) struct ModuleText {
+    /// Unique among modules; errors and caches name it.
+    pub(crate) name: &'static str,
+    /// Concatenated before compiling.
+    pub(crate) texts: &'static [&'static str],
+}
+
+/// One kernel launch.
+#[derive(Debug)]
+pub(crate) struct Launch<'a> {
+    /// Where the kernel is.
+    pub(crate) module: &'static ModuleText,
+    /// Macros to compile the module with, such as its element type or head width.
+    pub(crate) defines: &'a [(&'a str, &'a str)],
+    /// The kernel's name, declared `extern "C"`.
+    pub(crate) kernel: &'a str,
+    /// Blocks.
+    pub(crate) grid: [u32; 3],
+    /// Threads of a block.
+    pub(crate) block: [u32; 3],
+    /// Dynamic shared memory.
+    pub(crate) shared_bytes: u32,
+    /// The kernel's parameters, in order.
+    pub(crate) arguments: &'a [Argument],
+}
+
+/// One parameter of a kernel.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Argument {
+    /// A pointer to device memory.
+    Address(u64),
+    /// `unsigned int`.
+    U32(u32),
+    /// `int`.
+    I32(i32),
+    /// `unsigned long long`.
+    U64(u64),
+    /// `float`.
+    F32(f32),
+}
+
+/// A row-major matrix in device memory.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Matrix {
+    /// Its first element.
+    pub(crate) address: u64,
+    /// Elements from one stored row to the next.
+    pub(crate) pitch: usize,
+    /// Whether the product reads its transpose.
+    pub(crate) transposed: bool,
+}
+
+/// `out [M, N] = scale * op(left) [M, K] op(right) [K, N] (+ bias [N]) (+ out)`, sums in f32.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Gemm {
+    /// M.
+    pub(crate) rows: usize,
+    /// N.
+    pub(crate) columns: usize,
+    /// K.
+    pub(crate) inner: usize,
+    /// Stored \[M, K\], or \[K, M\] when transposed.
+    pub(crate) left: Matrix,
+    /// Stored \[K, N\], or \[N, K\] when transposed.
+    pub(crate) right: Matrix,
+    /// Element type of both operands.
+    pub(crate) operands: DType,
+    /// Never transposed.
+    pub(crate) out: Matrix,
+    /// f32, or the type of 16-bit operands.
+    pub(crate) out_dtype: DType,
+    /// Address and type (f32 or that of the output) of a bias that `scale` does not touch.
+    pub(crate) bias: Option<(u64, DType)>,
+    /// Factor on the product.
+    pub(crate) scale: f32,
+    /// Whether to add to what the output holds.
+    pub(crate) accumulate: bool,
+    /// Whether f32 operands may be rounded to 11 bits; 16-bit ones are multiplied exactly either way.
+    pub(crate) tf32: bool,
+}
