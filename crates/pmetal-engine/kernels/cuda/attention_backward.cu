@@ -1,4 +1,5 @@
-// Attention backward for compute capability 8.0 and above, by mma.sync and cp.async. Needs attention_common.cuh in front.
+// Attention backward for compute capability 8.0 and above, by mma.sync and cp.async. Needs attention_common.cuh and
+// attention_prepare.cu in front.
 //
 // Options (-D), besides those of attention_common.cuh; the defaults suit 163 kB of shared memory a block or more:
 //   BACKWARD_KEYS      keys of a block: 128 (default up to E = 128), 64 (default above) or 32
@@ -9,9 +10,7 @@
 // Workspace, f32: row_log [H, Tp], row_delta [H, Tp], and for the atomic form dq_sums [H * Tp * P].
 //
 // Launch in this order on one stream (atomic form: 1 2 3; deterministic form: 1 4 5; 6 only where there are sinks):
-// 1 attention_backward_prepare(out u16*, out_pitch i32, d_out u16*, d_out_pitch i32, lse f32* [Tq, H], row_log f32*,
-//     row_delta f32*, dq_sums f32* or null, query_rows i32, query_heads i32)
-//   grid (H, Tp / 64), block 256, no dynamic shared memory. Also sets dq_sums to zero.
+// 1 attention_backward_prepare (attention_prepare.cu), row_bounds null.
 // 2 attention_backward(q u16*, q_pitch i32, k u16*, k_pitch i32, v u16*, v_pitch i32, d_out u16*, d_out_pitch i32,
 //     dk u16*, dk_pitch i32, dv u16*, dv_pitch i32, row_log f32*, row_delta f32*, dq_sums f32*,
 //     key_begin i32*, key_end i32* [Tq], query_begin i32*, query_end i32* [Tk],
@@ -25,8 +24,7 @@
 //     row_log, row_delta, key_begin, key_end, query_rows, key_rows, query_heads, key_heads, scale, softcap)
 //   grid (H, ceil(Tq / 64)), block 128, dynamic shared memory
 //   2 * (64 * (P + Pv) + BACKWARD_STAGES * BACKWARD_QUERIES * (P + Pv)) bytes.
-// 6 attention_backward_sinks(sinks f32* [H], row_log f32*, row_delta f32*, d_sinks f32* [H], query_rows i32)
-//   grid (H), block 256. Adds to d_sinks; its order of summation is fixed.
+// 6 attention_backward_sinks (attention_prepare.cu).
 // dq, dk and dv are overwritten in every element. dk and dv are summed over the query heads of a group inside a block.
 // Forms 1 4 5 6 give the same bits every time; form 2 adds dq by float atomics.
 // Operations for each visible pair: 4 E + 2 (E + Ev) + 2 Ev with atomics, 2 (E + Ev) more without.

@@ -13,8 +13,6 @@
 // counters is zero before the first launch and zero again after each; launches that may overlap need counters of their own.
 // Rows of k and v up to key_rows must hold finite numbers, also where no query sees them. Otherwise as attention_forward.
 
-constexpr int KEY_PIECES = (HEAD_WIDTH + 63) / 64;
-constexpr int VALUE_PIECES = (VALUE_WIDTH + 63) / 64;
 constexpr bool NARROW = KEY_PIECES <= 2 && VALUE_PIECES <= 2;
 constexpr int CONSUMERS = KEY_PIECES == 1 && VALUE_PIECES == 1 ? 3 : 2;
 constexpr int FORWARD_QUERIES = CONSUMERS * 64;
@@ -46,15 +44,6 @@ struct ForwardWork {
     int first_query, head, first_key, tiles;  // tiles < 0: there is no more work
     int all_first, all_last;                  // see VisibleRange
     int unused[2];
-};
-
-// A place in a ring of two slots and the parity of the round.
-struct RingPlace {
-    int slot, parity;
-    ATTENTION_INLINE void advance() {
-        slot ^= 1;
-        parity ^= slot == 0;
-    }
 };
 
 constexpr int SCORES = FORWARD_KEYS / 2;

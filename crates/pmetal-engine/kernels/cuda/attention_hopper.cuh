@@ -14,6 +14,10 @@
 #define WGMMA_TYPES "bf16.bf16"
 #endif
 
+constexpr int KEY_PIECES = (HEAD_WIDTH + 63) / 64;
+constexpr int VALUE_PIECES = (VALUE_WIDTH + 63) / 64;
+#define DQ_SUM_WIDTH (KEY_PIECES * 64)
+
 struct __align__(64) TensorMap {
     unsigned char opaque[128];
 };
@@ -60,6 +64,15 @@ ATTENTION_INLINE void named_sync(int name, int threads) {
 ATTENTION_INLINE void named_arrive(int name, int threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(name), "r"(threads) : "memory");
 }
+
+// A place in a ring of two slots and the parity of the round.
+struct RingPlace {
+    int slot, parity;
+    ATTENTION_INLINE void advance() {
+        slot ^= 1;
+        parity ^= slot == 0;
+    }
+};
 
 template <int REGISTERS>
 ATTENTION_INLINE void give_up_registers() {

@@ -1,6 +1,16 @@
 // What both backward forms (attention_backward.cu and attention_backward_hopper.cu) start and end with.
-// Needs attention_common.cuh in front; compile it with the text of the form.
-// Entry points attention_backward_prepare and attention_backward_sinks: see attention_backward.cu.
+// Needs attention_common.cuh in front, and attention_hopper.cuh where the form does; compile it with the text of the form.
+//
+// extern "C" attention_backward_prepare(out u16*, out_pitch i32, d_out u16*, d_out_pitch i32, lse f32* [Tq, H],
+//   key_begin i32*, key_end i32* [Tq], row_log f32* [H, Tp], row_delta f32* [H, Tp], row_bounds i32* [2, Tp] or null,
+//   dq_sums f32* or null, query_rows i32, query_heads i32)
+//   grid (H, Tp / 64), block 256, no dynamic shared memory; Tp = ceil(Tq / 128) * 128. Sets dq_sums to zero.
+// extern "C" attention_backward_sinks(sinks f32* [H], row_log f32*, row_delta f32*, d_sinks f32* [H], query_rows i32)
+//   grid (H), block 256. Adds to d_sinks; its order of summation is fixed.
+
+#ifndef DQ_SUM_WIDTH
+#define DQ_SUM_WIDTH KEY_PAD
+#endif
 
 constexpr int PREPARE_ROWS = 64;
 constexpr int PREPARE_THREADS = 256;
@@ -9,8 +19,8 @@ constexpr int PREPARE_THREADS = 256;
 // row_delta = the sum of out * d_out over a row.
 extern "C" __global__ void __launch_bounds__(PREPARE_THREADS) attention_backward_prepare(
     const half_bits* __restrict__ out, int out_pitch, const half_bits* __restrict__ d_out, int d_out_pitch,
-    const float* __restrict__ lse, float* __restrict__ row_log, float* __restrict__ row_delta, float* __restrict__ dq_sums,
-    int query_rows, int query_heads) {
+    const float* __restrict__ lse, const int* __restrict__ key_begin, const int* __restrict__ key_end, float* __restrict__ row_log,
+    float* __restrict__ row_delta, int* __restrict__ row_bounds, float* __restrict__ dq_sums, int query_rows, int query_heads) {
     constexpr int LANES = VALUE_WIDTH <= 64 ? 8 : VALUE_WIDTH <= 128 ? 16 : 32;
     int head = blockIdx.x;
     int first_row = blockIdx.y * PREPARE_ROWS;
@@ -36,9 +46,14 @@ extern "C" __global__ void __launch_bounds__(PREPARE_THREADS) attention_backward
             row_delta[target] = sum;
         }
     }
+    if (row_bounds && head == 0 && threadIdx.x < PREPARE_ROWS) {
+        int row = first_row + threadIdx.x;
+        row_bounds[row] = row < query_rows ? key_begin[row] : 0;
+        row_bounds[padded_rows + row] = row < query_rows ? key_end[row] : 0;
+    }
     if (dq_sums) {
-        float4* sums = (float4*)(dq_sums + ((long long)head * padded_rows + first_row) * KEY_PAD);
-        for (int index = threadIdx.x; index < PREPARE_ROWS * KEY_PAD / 4; index += PREPARE_THREADS)
+        float4* sums = (float4*)(dq_sums + ((long long)head * padded_rows + first_row) * DQ_SUM_WIDTH);
+        for (int index = threadIdx.x; index < PREPARE_ROWS * DQ_SUM_WIDTH / 4; index += PREPARE_THREADS)
             sums[index] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     }
 }

@@ -1,0 +1,390 @@
+// Attention backward for compute capability 9.0 (architecture sm_90a), E and Ev up to 128: wgmma, tensor copies, one warpgroup that
+// fetches and two that compute, each 64 keys of a block of 128. Needs attention_common.cuh, attention_hopper.cuh and
+// attention_prepare.cu in front.
+//
+// Tp = ceil(Tq / 128) * 128; pieces Ne = ceil(E / 64), Nv = ceil(Ev / 64); BACKWARD_QUERIES = Ne == 1 && Nv == 1 ? 128 : 64.
+// Workspace: row_log f32 [H, Tp], row_delta f32 [H, Tp], row_bounds i32 [2, Tp], each aligned to 16 bytes; for the atomic form
+// dq_sums f32 [H * Tp * Ne * 64], aligned to 16 bytes.
+//
+// Launch in this order on one stream (atomic form: 1 2 3; deterministic form: 1 4 and entry 5 of attention_backward.cu; where
+// there are sinks also attention_backward_sinks):
+// 1 attention_backward_prepare (attention_prepare.cu), compiled with this text: it sizes dq_sums by Ne * 64.
+// 2 attention_backward_hopper(q_map, k_map, v_map, d_out_map: tensor maps by value (see attention_hopper.cuh) over
+//     [rows, heads, width]; box rows BACKWARD_QUERIES for q and d_out, 128 for k and v; then dk u16*, dk_pitch i32, dv u16*,
+//     dv_pitch i32, row_log f32*, row_delta f32*, row_bounds i32*, dq_sums f32*, query_begin i32*, query_end i32* [Tk],
+//     query_rows i32, key_rows i32, query_heads i32, key_heads i32, scale f32, softcap f32)
+//   grid (K, ceil(Tk / 128)), block 384, dynamic shared memory
+//   (Ne + Nv) * (16384 + 256 * BACKWARD_QUERIES) + 544 * BACKWARD_QUERIES + 1024 bytes.
+// 3 attention_backward_hopper_convert(dq_sums f32*, dq u16*, dq_pitch i32, query_rows i32, query_heads i32, scale f32)
+//   grid (H, Tp / 64, Ne), block 128, no dynamic shared memory.
+// 4 attention_backward_hopper_keys: parameters, grid, block and shared memory of 2; dq_sums is not touched and may be null.
+// Rows of k and v up to key_rows must hold finite numbers. Otherwise as attention_backward.
+
+static_assert(KEY_PIECES <= 2 && VALUE_PIECES <= 2, "wider heads go through attention_backward");
+
+constexpr int BLOCK_KEYS = 128;
+constexpr int TILE_QUERIES = KEY_PIECES == 1 && VALUE_PIECES == 1 ? 128 : 64;
+constexpr int BACKWARD_THREADS = 384;
+constexpr int KEY_PIECE_BYTES = BLOCK_KEYS * 128;
+constexpr int QUERY_PIECE_BYTES = TILE_QUERIES * 128;
+constexpr int STAGE_BYTES = (KEY_PIECES + VALUE_PIECES) * QUERY_PIECE_BYTES;
+constexpr int ROW_BYTES = TILE_QUERIES * 4;
+constexpr int GRADIENT_BYTES = TILE_QUERIES / 64 * KEY_PIECE_BYTES;
+
+constexpr int VALUES_AT = KEY_PIECES * KEY_PIECE_BYTES;
+constexpr int STAGES_AT = VALUES_AT + VALUE_PIECES * KEY_PIECE_BYTES;
+constexpr int GRADIENTS_AT = STAGES_AT + 2 * STAGE_BYTES;
+constexpr int ROWS_AT = GRADIENTS_AT + 2 * GRADIENT_BYTES;
+constexpr int CONTROL_AT = ROWS_AT + 2 * 4 * ROW_BYTES;
+constexpr int KEYS_FULL = 0, STAGE_FULL = 1, STAGE_EMPTY = 3;
+
+// dq of a tile of queries falls into units of 64 x 64, one for each warpgroup.
+constexpr int DQ_UNITS = TILE_QUERIES / 64 * KEY_PIECES;
+constexpr int SCORES = TILE_QUERIES / 2;
+constexpr int STEPS = TILE_QUERIES / 16;
+
+// A tile of 128 queries leaves no registers for starting dv before the gradients of the scores are known.
+constexpr bool EARLY_VALUES = TILE_QUERIES == 64;
+
+struct BackwardRange {
+    int first_key, key_head, first_head, first_query, tiles, iterations;
+};
+
+ATTENTION_INLINE BackwardRange backward_range(const int* query_begin, const int* query_end, int query_rows, int key_rows, int query_heads,
+                                              int key_heads) {
+    BackwardRange range;
+    int group = query_heads / key_heads;
+    range.key_head = blockIdx.x;
+    range.first_head = range.key_head * group;
+    // Under a causal mask the first keys are seen by the most queries, so the longest blocks start first.
+    range.first_key = blockIdx.y * BLOCK_KEYS;
+    int last_query = min(query_end[min(range.first_key + BLOCK_KEYS, key_rows) - 1], query_rows);
+    range.first_query = query_begin[range.first_key] / TILE_QUERIES * TILE_QUERIES;
+    range.tiles = last_query > range.first_query ? (last_query - range.first_query + TILE_QUERIES - 1) / TILE_QUERIES : 0;
+    range.iterations = range.tiles * group;
+    return range;
+}
+
+ATTENTION_INLINE void backward_fetch(const TensorMap& q_map, const TensorMap& k_map, const TensorMap& v_map, const TensorMap& d_out_map,
+                                     u32 base, const float* row_log, const float* row_delta, const int* row_bounds, int padded_rows,
+                                     const BackwardRange& range) {
+    u32 barriers = base + CONTROL_AT;
+    barrier_expect_bytes(barriers + KEYS_FULL * 8, STAGES_AT);
+#pragma unroll 1
+    for (int piece = 0; piece < KEY_PIECES; ++piece)
+        copy_box(base + piece * KEY_PIECE_BYTES, k_map, barriers + KEYS_FULL * 8, piece * 64, range.key_head, range.first_key);
+#pragma unroll 1
+    for (int piece = 0; piece < VALUE_PIECES; ++piece)
+        copy_box(base + VALUES_AT + piece * KEY_PIECE_BYTES, v_map, barriers + KEYS_FULL * 8, piece * 64, range.key_head, range.first_key);
+    RingPlace place = {0, 0};
+    int head = range.first_head, tile = 0;
+#pragma unroll 1
+    for (int iteration = 0; iteration < range.iterations; ++iteration) {
+        int query = range.first_query + tile * TILE_QUERIES;
+        u32 full = barriers + (STAGE_FULL + place.slot) * 8;
+        u32 stage = base + STAGES_AT + place.slot * STAGE_BYTES;
+        u32 rows = base + ROWS_AT + place.slot * 4 * ROW_BYTES;
+        barrier_wait(barriers + (STAGE_EMPTY + place.slot) * 8, place.parity ^ 1);
+        barrier_expect_bytes(full, STAGE_BYTES + 4 * ROW_BYTES);
+#pragma unroll 1
+        for (int piece = 0; piece < KEY_PIECES; ++piece) copy_box(stage + piece * QUERY_PIECE_BYTES, q_map, full, piece * 64, head, query);
+        long long row = (long long)head * padded_rows + query;
+        copy_bytes(rows, row_log + row, ROW_BYTES, full);
+        copy_bytes(rows + ROW_BYTES, row_delta + row, ROW_BYTES, full);
+        copy_bytes(rows + 2 * ROW_BYTES, row_bounds + query, ROW_BYTES, full);
+        copy_bytes(rows + 3 * ROW_BYTES, row_bounds + padded_rows + query, ROW_BYTES, full);
+        stage += KEY_PIECES * QUERY_PIECE_BYTES;
+#pragma unroll 1
+        for (int piece = 0; piece < VALUE_PIECES; ++piece)
+            copy_box(stage + piece * QUERY_PIECE_BYTES, d_out_map, full, piece * 64, head, query);
+        place.advance();
+        if (++tile == range.tiles) tile = 0, ++head;
+    }
+}
+
+// sums (64 keys x queries) = rows of `left` times rows of `right`.
+template <int PIECES>
+ATTENTION_INLINE void issue_rows(float (&sums)[SCORES], u32 left, u32 right) {
+#pragma unroll
+    for (int step = 0; step < PIECES * 4; ++step)
+        wgmma_shared<0, 0>(sums, operand(left + step / 4 * KEY_PIECE_BYTES + step % 4 * 32, 16),
+                           operand(right + step / 4 * QUERY_PIECE_BYTES + step % 4 * 32, 16), step > 0);
+    wgmma_commit();
+}
+
+// sums (64 keys x width) += weights (64 keys x queries) times `right`.
+template <int WIDTH>
+ATTENTION_INLINE void issue_sums(float (&sums)[WIDTH / 2], const u32 (&weights)[STEPS][4], u32 right) {
+#pragma unroll
+    for (int step = 0; step < STEPS; ++step)
+        wgmma_registers<1>(sums, weights[step], operand(right + step * 2048, QUERY_PIECE_BYTES), 1);
+    wgmma_commit();
+}
+
+ATTENTION_INLINE void issue_queries(float (&sums)[32], u32 gradients, u32 keys) {
+#pragma unroll
+    for (int step = 0; step < BLOCK_KEYS / 16; ++step)
+        wgmma_shared<1, 1>(sums, operand(gradients + step * 2048, 16), operand(keys + step * 2048, 16), step > 0);
+    wgmma_commit();
+}
+
+ATTENTION_INLINE void pack_weights(u32 (&weights)[STEPS][4], const float (&values)[SCORES]) {
+#pragma unroll
+    for (int i = 0; i < SCORES / 2; ++i) weights[i / 4][i % 4] = pack_halves(values[2 * i], values[2 * i + 1]);
+}
+
+#if ATTENTION_SOFTCAP
+typedef float Slopes[SCORES];
+#else
+struct Slopes {};
+#endif
+
+// Scores become probabilities; `rows` holds log, delta, begin and end of the tile's queries.
+ATTENTION_INLINE void probabilities(float (&scores)[SCORES], Slopes& slopes, const unsigned char* rows, int first_key, int lane_key,
+                                    bool ragged, float scale, float softcap, int lane) {
+    const float* log = (const float*)rows;
+    const int* begin = (const int*)(rows + 2 * ROW_BYTES);
+    const int* end = (const int*)(rows + 3 * ROW_BYTES);
+    bool masked = ragged || begin[TILE_QUERIES - 1] > first_key || end[0] < first_key + BLOCK_KEYS;
+#if ATTENTION_SOFTCAP
+    float inside = scale / softcap;
+#endif
+#pragma unroll
+    for (int n = 0; n < TILE_QUERIES / 8; ++n) {
+        int column = n * 8 + (lane & 3) * 2;
+        float2 pair = *(const float2*)(log + column);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+#if ATTENTION_SOFTCAP
+            float bent = tanh_accurate(scores[4 * n + i] * inside);
+            slopes[4 * n + i] = 1.0f - bent * bent;
+            float exponent = bent * (softcap * LOG2_E);
+#else
+            float exponent = scores[4 * n + i] * (scale * LOG2_E);
+#endif
+            scores[4 * n + i] = exp2_fast(exponent - (i & 1 ? pair.y : pair.x));
+        }
+    }
+    if (!masked) return;
+#pragma unroll
+    for (int n = 0; n < TILE_QUERIES / 8; ++n) {
+        int column = n * 8 + (lane & 3) * 2;
+        int2 from = *(const int2*)(begin + column);
+        int2 until = *(const int2*)(end + column);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            int key = lane_key + (i >> 1) * 8;
+            if (key < (i & 1 ? from.y : from.x) || key >= (i & 1 ? until.y : until.x)) scores[4 * n + i] = 0.0f;
+        }
+    }
+}
+
+ATTENTION_INLINE void add_to_sums(float* target, const float (&sums)[32]) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+        asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(target + i * 512), "f"(sums[4 * i]), "f"(sums[4 * i + 1]),
+                     "f"(sums[4 * i + 2]), "f"(sums[4 * i + 3])
+                     : "memory");
+}
+
+// Brings one warp's 16 rows of dk or dv through shared memory so that stores are 16 bytes wide.
+template <int PIECES, int REAL_WIDTH>
+ATTENTION_INLINE void store_keys(const float (&sums)[PIECES * 32], unsigned char* tile, half_bits* target, int pitch, int first_row,
+                                 int row_limit, float factor, int lane) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        int row = half * 8 + (lane >> 2);
+#pragma unroll
+        for (int n = 0; n < PIECES * 8; ++n)
+            *(u32*)(tile + n / 8 * KEY_PIECE_BYTES + row * 128 + (((n % 8) ^ (row & 7)) << 4) + (lane & 3) * 4) =
+                pack_halves(sums[4 * n + 2 * half] * factor, sums[4 * n + 2 * half + 1] * factor);
+    }
+    __syncwarp();
+    constexpr int CHUNKS = PIECES * 8;
+#pragma unroll
+    for (int start = 0; start < 16 * CHUNKS; start += 32) {
+        int row = (start + lane) / CHUNKS;
+        int chunk = (start + lane) % CHUNKS;
+        if (chunk * 8 < REAL_WIDTH && first_row + row < row_limit)
+            *(uint4*)(target + (long long)(first_row + row) * pitch + chunk * 8) =
+                *(const uint4*)(tile + chunk / 8 * KEY_PIECE_BYTES + row * 128 + (((chunk % 8) ^ (row & 7)) << 4));
+    }
+}
+
+template <bool WITH_QUERIES>
+ATTENTION_INLINE void backward_compute(u32 base, half_bits* dk, int dk_pitch, half_bits* dv, int dv_pitch, float* dq_sums,
+                                       const BackwardRange& range, int query_rows, int padded_rows, int key_rows, float scale,
+                                       float softcap) {
+    u32 barriers = base + CONTROL_AT;
+    int consumer = threadIdx.x / 128 - 1;
+    int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+    int warp_row = consumer * 64 + warp * 16;
+    int lane_row = warp_row + (lane >> 2);
+    u32 my_keys = base + consumer * 64 * 128;
+    u32 my_values = my_keys + VALUES_AT;
+    float key_sums[KEY_PIECES * 32], value_sums[VALUE_PIECES * 32];
+#pragma unroll
+    for (int i = 0; i < KEY_PIECES * 32; ++i) key_sums[i] = 0.0f;
+#pragma unroll
+    for (int i = 0; i < VALUE_PIECES * 32; ++i) value_sums[i] = 0.0f;
+    float* dq_target = dq_sums + ((long long)range.first_head * padded_rows + range.first_query) * (KEY_PIECES * 64) + consumer * 4096 +
+                       threadIdx.x % 128 * 4;
+    int tile = 0;
+    RingPlace place = {0, 0};
+    barrier_wait(barriers + KEYS_FULL * 8, 0);
+    u32 weights[STEPS][4];
+#pragma unroll 1
+    for (int iteration = 0; iteration < range.iterations; ++iteration) {
+        u32 query_tile = base + STAGES_AT + place.slot * STAGE_BYTES;
+        u32 d_out_tile = query_tile + KEY_PIECES * QUERY_PIECE_BYTES;
+        const unsigned char* rows = dynamic_shared + ROWS_AT + place.slot * 4 * ROW_BYTES;
+        bool ragged = range.first_query + (tile + 1) * TILE_QUERIES > query_rows;
+        float scores[SCORES], gradients[SCORES];
+        Slopes slopes;
+        barrier_wait(barriers + (STAGE_FULL + place.slot) * 8, place.parity);
+        wgmma_fence();
+        issue_rows<KEY_PIECES>(scores, my_keys, query_tile);
+        issue_rows<VALUE_PIECES>(gradients, my_values, d_out_tile);
+        wgmma_wait<1>();
+        pin(scores);
+        probabilities(scores, slopes, rows, range.first_key, range.first_key + lane_row, ragged, scale, softcap, lane);
+        if (EARLY_VALUES) {
+            pack_weights(weights, scores);
+            wgmma_fence();
+            issue_sums<VALUE_PIECES * 64>(value_sums, weights, d_out_tile);
+        }
+        wgmma_wait<EARLY_VALUES ? 1 : 0>();
+        pin(gradients);
+#pragma unroll
+        for (int n = 0; n < TILE_QUERIES / 8; ++n) {
+            float2 delta = *(const float2*)(rows + ROW_BYTES + (n * 8 + (lane & 3) * 2) * 4);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                gradients[4 * n + i] = scores[4 * n + i] * (gradients[4 * n + i] - (i & 1 ? delta.y : delta.x));
+#if ATTENTION_SOFTCAP
+                gradients[4 * n + i] *= slopes[4 * n + i];
+#endif
+            }
+        }
+        u32 packed[STEPS][4];
+        pack_weights(packed, gradients);
+        if (!EARLY_VALUES) {
+            pack_weights(weights, scores);
+            wgmma_fence();
+            issue_sums<VALUE_PIECES * 64>(value_sums, weights, d_out_tile);
+        }
+        if (WITH_QUERIES) {
+            // Two buffers, so that one barrier a tile is enough: whoever writes here again has passed the barrier of the tile between.
+            int gradient_offset = GRADIENTS_AT + place.slot * GRADIENT_BYTES;
+#pragma unroll
+            for (int n = 0; n < TILE_QUERIES / 8; ++n)
+#pragma unroll
+                for (int half = 0; half < 2; ++half)
+                    *(u32*)(dynamic_shared + gradient_offset + n / 8 * KEY_PIECE_BYTES + (lane_row + half * 8) * 128 +
+                            (((n % 8) ^ (lane_row & 7)) << 4) + (lane & 3) * 4) = packed[n / 2][n % 2 * 2 + half];
+            fence_shared_for_engines();
+            named_sync(1, 256);
+            wgmma_fence();
+            float query_sums[32];
+            int unit = DQ_UNITS == 2 ? consumer : 0;
+            issue_queries(query_sums, base + gradient_offset + (TILE_QUERIES == 128 ? unit * KEY_PIECE_BYTES : 0),
+                          base + (TILE_QUERIES == 128 ? 0 : unit * KEY_PIECE_BYTES));
+            issue_sums<KEY_PIECES * 64>(key_sums, packed, query_tile);
+            wgmma_wait<1>();
+            pin(value_sums);
+            pin(query_sums);
+            if (DQ_UNITS == 2 || consumer == 0) add_to_sums(dq_target, query_sums);
+        } else {
+            wgmma_fence();
+            issue_sums<KEY_PIECES * 64>(key_sums, packed, query_tile);
+        }
+        wgmma_wait<0>();
+        pin(key_sums);
+        pin(value_sums);
+        if (lane == 0) barrier_arrive(barriers + (STAGE_EMPTY + place.slot) * 8);
+        place.advance();
+        dq_target += TILE_QUERIES * KEY_PIECES * 64;
+        if (++tile == range.tiles) {
+            tile = 0;
+            dq_target += (long long)(padded_rows - range.tiles * TILE_QUERIES) * (KEY_PIECES * 64);
+        }
+    }
+    // Both warpgroups read all keys for dq: only now may the sums take their place.
+    named_sync(1, 256);
+    unsigned char* key_place = dynamic_shared + warp_row * 128;
+    store_keys<KEY_PIECES, HEAD_WIDTH>(key_sums, key_place, dk + range.key_head * HEAD_WIDTH, dk_pitch, range.first_key + warp_row, key_rows,
+                                       scale, lane);
+    store_keys<VALUE_PIECES, VALUE_WIDTH>(value_sums, key_place + VALUES_AT, dv + range.key_head * VALUE_WIDTH, dv_pitch,
+                                          range.first_key + warp_row, key_rows, 1.0f, lane);
+}
+
+template <bool WITH_QUERIES>
+ATTENTION_INLINE void backward_block(const TensorMap& q_map, const TensorMap& k_map, const TensorMap& v_map, const TensorMap& d_out_map,
+                                     half_bits* dk, int dk_pitch, half_bits* dv, int dv_pitch, const float* row_log, const float* row_delta,
+                                     const int* row_bounds, float* dq_sums, const int* query_begin, const int* query_end, int query_rows,
+                                     int key_rows, int query_heads, int key_heads, float scale, float softcap) {
+    u32 base = shared_address(dynamic_shared);
+    if (threadIdx.x == 0) {
+        prefetch_map(q_map);
+        prefetch_map(k_map);
+        prefetch_map(v_map);
+        prefetch_map(d_out_map);
+        u32 barriers = base + CONTROL_AT;
+        barrier_initialise(barriers + KEYS_FULL * 8, 1);
+        for (int slot = 0; slot < 2; ++slot) {
+            barrier_initialise(barriers + (STAGE_FULL + slot) * 8, 1);
+            barrier_initialise(barriers + (STAGE_EMPTY + slot) * 8, 8);
+        }
+        fence_barrier_initialisation();
+    }
+    __syncthreads();
+    int padded_rows = (query_rows + 127) / 128 * 128;
+    BackwardRange range = backward_range(query_begin, query_end, query_rows, key_rows, query_heads, key_heads);
+    if (threadIdx.x < 128) {
+        give_up_registers<24>();
+        if (threadIdx.x == 0)
+            backward_fetch(q_map, k_map, v_map, d_out_map, base, row_log, row_delta, row_bounds, padded_rows, range);
+    } else {
+        take_registers<240>();
+        backward_compute<WITH_QUERIES>(base, dk, dk_pitch, dv, dv_pitch, dq_sums, range, query_rows, padded_rows, key_rows, scale, softcap);
+    }
+}
+
+#define BACKWARD_HOPPER(NAME, WITH_QUERIES)                                                                                         \
+    extern "C" __global__ void __launch_bounds__(BACKWARD_THREADS, 1) NAME(                                                         \
+        const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map,  \
+        const __grid_constant__ TensorMap d_out_map, half_bits* __restrict__ dk, int dk_pitch, half_bits* __restrict__ dv,          \
+        int dv_pitch, const float* __restrict__ row_log, const float* __restrict__ row_delta, const int* __restrict__ row_bounds,   \
+        float* __restrict__ dq_sums, const int* __restrict__ query_begin, const int* __restrict__ query_end, int query_rows,        \
+        int key_rows, int query_heads, int key_heads, float scale, float softcap) {                                                 \
+        backward_block<WITH_QUERIES>(q_map, k_map, v_map, d_out_map, dk, dk_pitch, dv, dv_pitch, row_log, row_delta, row_bounds,    \
+                                     dq_sums, query_begin, query_end, query_rows, key_rows, query_heads, key_heads, scale, softcap); \
+    }
+BACKWARD_HOPPER(attention_backward_hopper, true)
+BACKWARD_HOPPER(attention_backward_hopper_keys, false)
+
+// One 64 x 64 unit of dq from the order in which lanes hold products to rows of 16-bit numbers.
+extern "C" __global__ void __launch_bounds__(128) attention_backward_hopper_convert(const float* __restrict__ dq_sums,
+                                                                                    half_bits* __restrict__ dq, int dq_pitch,
+                                                                                    int query_rows, int query_heads, float scale) {
+    __shared__ uint4 tile[64 * 8];
+    int head = blockIdx.x, piece = blockIdx.z, thread = threadIdx.x, lane = thread % 32;
+    const float4* source = (const float4*)(dq_sums + (((long long)head * gridDim.y + blockIdx.y) * KEY_PIECES + piece) * 4096) + thread;
+    int row = thread / 32 * 16 + (lane >> 2);
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+        float4 sums = source[n * 128];
+        unsigned char* target = (unsigned char*)tile + row * 128 + ((n ^ (row & 7)) << 4) + (lane & 3) * 4;
+        *(u32*)target = pack_halves(sums.x * scale, sums.y * scale);
+        *(u32*)(target + 8 * 128) = pack_halves(sums.z * scale, sums.w * scale);
+    }
+    __syncthreads();
+    dq += head * HEAD_WIDTH + piece * 64;
+#pragma unroll
+    for (int start = 0; start < 64 * 8; start += 128) {
+        int out_row = (start + thread) / 8, chunk = thread % 8;
+        int query = blockIdx.y * 64 + out_row;
+        if (query < query_rows && piece * 64 + chunk * 8 < HEAD_WIDTH)
+            *(uint4*)(dq + (long long)query * dq_pitch + chunk * 8) = tile[out_row * 8 + (chunk ^ (out_row & 7))];
+    }
+}
