@@ -2,6 +2,8 @@
 // fetches and two that compute, each 64 keys of a block of 128. Needs attention_common.cuh, attention_hopper.cuh and
 // attention_prepare.cu in front.
 //
+// Option (-D) BACKWARD_CLUSTER (default 1), a divisor of H / K up to 8: so many blocks share the query heads of a group and add up dk and
+// dv through each other's shared memory. It fills the card where K * ceil(Tk / 128) blocks do not.
 // Tp = ceil(Tq / 128) * 128; pieces Ne = ceil(E / 64), Nv = ceil(Ev / 64); BACKWARD_QUERIES = Ne == 1 && Nv == 1 ? 128 : 64.
 // Workspace: row_log f32 [H, Tp], row_delta f32 [H, Tp], row_bounds i32 [2, Tp], each aligned to 16 bytes; for the atomic form
 // dq_sums f32 [H * Tp * Ne * 64], aligned to 16 bytes.
@@ -13,7 +15,7 @@
 //     [rows, heads, width]; box rows BACKWARD_QUERIES for q and d_out, 128 for k and v; then dk u16*, dk_pitch i32, dv u16*,
 //     dv_pitch i32, row_log f32*, row_delta f32*, row_bounds i32*, dq_sums f32*, query_begin i32*, query_end i32* [Tk],
 //     query_rows i32, key_rows i32, query_heads i32, key_heads i32, scale f32, softcap f32)
-//   grid (K, ceil(Tk / 128)), block 384, dynamic shared memory
+//   grid (K * BACKWARD_CLUSTER, ceil(Tk / 128)), block 384, dynamic shared memory
 //   (Ne + Nv) * (16384 + 256 * BACKWARD_QUERIES) + 544 * BACKWARD_QUERIES + 1024 bytes.
 // 3 attention_backward_hopper_convert(dq_sums f32*, dq u16*, dq_pitch i32, query_rows i32, query_heads i32, scale f32)
 //   grid (H, Tp / 64, Ne), block 128, no dynamic shared memory.
@@ -21,6 +23,9 @@
 // Rows of k and v up to key_rows must hold finite numbers. Otherwise as attention_backward.
 
 static_assert(KEY_PIECES <= 2 && VALUE_PIECES <= 2, "wider heads go through attention_backward");
+#ifndef BACKWARD_CLUSTER
+#define BACKWARD_CLUSTER 1
+#endif
 
 constexpr int BLOCK_KEYS = 128;
 constexpr int TILE_QUERIES = KEY_PIECES == 1 && VALUE_PIECES == 1 ? 128 : 64;
@@ -53,15 +58,15 @@ struct BackwardRange {
 ATTENTION_INLINE BackwardRange backward_range(const int* query_begin, const int* query_end, int query_rows, int key_rows, int query_heads,
                                               int key_heads) {
     BackwardRange range;
-    int group = query_heads / key_heads;
-    range.key_head = blockIdx.x;
-    range.first_head = range.key_head * group;
+    int heads = query_heads / key_heads / BACKWARD_CLUSTER;
+    range.key_head = blockIdx.x / BACKWARD_CLUSTER;
+    range.first_head = blockIdx.x * heads;
     // Under a causal mask the first keys are seen by the most queries, so the longest blocks start first.
     range.first_key = blockIdx.y * BLOCK_KEYS;
     int last_query = min(query_end[min(range.first_key + BLOCK_KEYS, key_rows) - 1], query_rows);
     range.first_query = query_begin[range.first_key] / TILE_QUERIES * TILE_QUERIES;
     range.tiles = last_query > range.first_query ? (last_query - range.first_query + TILE_QUERIES - 1) / TILE_QUERIES : 0;
-    range.iterations = range.tiles * group;
+    range.iterations = range.tiles * heads;
     return range;
 }
 
@@ -211,6 +216,58 @@ ATTENTION_INLINE void store_keys(const float (&sums)[PIECES * 32], unsigned char
     }
 }
 
+constexpr int SUM_WIDTH = (KEY_PIECES + VALUE_PIECES) * 64;
+constexpr int SUM_PITCH = SUM_WIDTH + 8;
+static_assert(BLOCK_KEYS * SUM_PITCH * 4 <= ROWS_AT, "the sums of a block fit where its tiles were");
+
+template <int COUNT>
+ATTENTION_INLINE void leave_sums(const float (&sums)[COUNT], int column, int lane_row, int lane) {
+#pragma unroll
+    for (int n = 0; n < COUNT / 4; ++n)
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+            *(float2*)(dynamic_shared + ((lane_row + half * 8) * SUM_PITCH + column + n * 8 + (lane & 3) * 2) * 4) =
+                make_float2(sums[4 * n + 2 * half], sums[4 * n + 2 * half + 1]);
+}
+
+ATTENTION_INLINE void synchronise_cluster() {
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+ATTENTION_INLINE float4 load_from_block(u32 address, int rank) {
+    float4 value;
+    asm volatile("{\n.reg .u32 there;\nmapa.shared::cluster.u32 there, %4, %5;\n"
+                 "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [there];\n}\n"
+                 : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
+                 : "r"(address), "r"(rank)
+                 : "memory");
+    return value;
+}
+
+// The blocks of a cluster have left their sums in shared memory; each adds up and stores its share, in the order of the heads.
+ATTENTION_INLINE void store_cluster_sums(u32 base, half_bits* dk, int dk_pitch, half_bits* dv, int dv_pitch, int first_key, int key_rows,
+                                         float scale) {
+    int rank = blockIdx.x % BACKWARD_CLUSTER;
+    for (int index = rank * 256 + threadIdx.x - 128; index < BLOCK_KEYS * SUM_WIDTH / 8; index += BACKWARD_CLUSTER * 256) {
+        int row = index / (SUM_WIDTH / 8), column = index % (SUM_WIDTH / 8) * 8;
+        u32 address = base + (row * SUM_PITCH + column) * 4;
+        float4 low = make_float4(0.0f, 0.0f, 0.0f, 0.0f), high = low;
+#pragma unroll
+        for (int block = 0; block < BACKWARD_CLUSTER; ++block) {
+            float4 a = load_from_block(address, block), b = load_from_block(address + 16, block);
+            low.x += a.x, low.y += a.y, low.z += a.z, low.w += a.w;
+            high.x += b.x, high.y += b.y, high.z += b.z, high.w += b.w;
+        }
+        bool is_key = column < KEY_PIECES * 64;
+        if (!is_key) column -= KEY_PIECES * 64;
+        if (first_key + row >= key_rows || column >= (is_key ? HEAD_WIDTH : VALUE_WIDTH)) continue;
+        float factor = is_key ? scale : 1.0f;
+        half_bits* target = (is_key ? dk + (long long)(first_key + row) * dk_pitch : dv + (long long)(first_key + row) * dv_pitch) + column;
+        *(uint4*)target = make_uint4(pack_halves(low.x * factor, low.y * factor), pack_halves(low.z * factor, low.w * factor),
+                                     pack_halves(high.x * factor, high.y * factor), pack_halves(high.z * factor, high.w * factor));
+    }
+}
+
 template <bool WITH_QUERIES>
 ATTENTION_INLINE void backward_compute(u32 base, half_bits* dk, int dk_pitch, half_bits* dv, int dv_pitch, float* dq_sums,
                                        const BackwardRange& range, int query_rows, int padded_rows, int key_rows, float scale,
@@ -311,11 +368,21 @@ ATTENTION_INLINE void backward_compute(u32 base, half_bits* dk, int dk_pitch, ha
     }
     // Both warpgroups read all keys for dq: only now may the sums take their place.
     named_sync(1, 256);
-    unsigned char* key_place = dynamic_shared + warp_row * 128;
-    store_keys<KEY_PIECES, HEAD_WIDTH>(key_sums, key_place, dk + range.key_head * HEAD_WIDTH, dk_pitch, range.first_key + warp_row, key_rows,
-                                       scale, lane);
-    store_keys<VALUE_PIECES, VALUE_WIDTH>(value_sums, key_place + VALUES_AT, dv + range.key_head * VALUE_WIDTH, dv_pitch,
-                                          range.first_key + warp_row, key_rows, 1.0f, lane);
+    dk += range.key_head * HEAD_WIDTH;
+    dv += range.key_head * VALUE_WIDTH;
+    if (BACKWARD_CLUSTER > 1) {
+        leave_sums(key_sums, 0, lane_row, lane);
+        leave_sums(value_sums, KEY_PIECES * 64, lane_row, lane);
+        synchronise_cluster();
+        store_cluster_sums(base, dk, dk_pitch, dv, dv_pitch, range.first_key, key_rows, scale);
+        // Nobody leaves while a neighbour still reads its shared memory.
+        synchronise_cluster();
+    } else {
+        unsigned char* key_place = dynamic_shared + warp_row * 128;
+        int first_row = range.first_key + warp_row;
+        store_keys<KEY_PIECES, HEAD_WIDTH>(key_sums, key_place, dk, dk_pitch, first_row, key_rows, scale, lane);
+        store_keys<VALUE_PIECES, VALUE_WIDTH>(value_sums, key_place + VALUES_AT, dv, dv_pitch, first_row, key_rows, 1.0f, lane);
+    }
 }
 
 template <bool WITH_QUERIES>
@@ -350,8 +417,13 @@ ATTENTION_INLINE void backward_block(const TensorMap& q_map, const TensorMap& k_
     }
 }
 
+#if BACKWARD_CLUSTER > 1
+#define BACKWARD_CLUSTER_SHAPE __cluster_dims__(BACKWARD_CLUSTER, 1, 1)
+#else
+#define BACKWARD_CLUSTER_SHAPE
+#endif
 #define BACKWARD_HOPPER(NAME, WITH_QUERIES)                                                                                         \
-    extern "C" __global__ void __launch_bounds__(BACKWARD_THREADS, 1) NAME(                                                         \
+    extern "C" __global__ void BACKWARD_CLUSTER_SHAPE __launch_bounds__(BACKWARD_THREADS, 1) NAME(                                                      \
         const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map,  \
         const __grid_constant__ TensorMap d_out_map, half_bits* __restrict__ dk, int dk_pitch, half_bits* __restrict__ dv,          \
         int dv_pitch, const float* __restrict__ row_log, const float* __restrict__ row_delta, const int* __restrict__ row_bounds,   \
