@@ -310,6 +310,8 @@ ATTENTION_INLINE void backward_compute(u32 base, half_bits* dk, int dk_pitch, ha
             wgmma_fence();
             issue_sums<VALUE_PIECES * 64>(value_sums, weights, d_out_tile);
         }
+        // Otherwise the compiler may put the exponentials after the wait, where they overlap with nothing.
+        pin(scores);
         wgmma_wait<EARLY_VALUES ? 1 : 0>();
         pin(gradients);
 #pragma unroll

@@ -14,7 +14,13 @@
 // Rows of k and v up to key_rows must hold finite numbers, also where no query sees them. Otherwise as attention_forward.
 
 constexpr bool NARROW = KEY_PIECES <= 2 && VALUE_PIECES <= 2;
-constexpr int CONSUMERS = KEY_PIECES == 1 && VALUE_PIECES == 1 ? 3 : 2;
+#ifndef FORWARD_CONSUMERS
+#define FORWARD_CONSUMERS (KEY_PIECES == 1 && VALUE_PIECES == 1 ? 3 : 2)
+#endif
+constexpr int CONSUMERS = FORWARD_CONSUMERS;
+#ifndef FORWARD_HOLD
+#define FORWARD_HOLD 1
+#endif
 constexpr int FORWARD_QUERIES = CONSUMERS * 64;
 constexpr int FORWARD_KEYS = NARROW ? 128 : 64;
 constexpr int FORWARD_STAGES = 2;
@@ -223,6 +229,21 @@ ATTENTION_INLINE void forward_fetch(const TensorMap& q_map, const TensorMap& k_m
     }
 }
 
+// Takes part in a tile that holds nothing for this warpgroup's rows.
+ATTENTION_INLINE void pass_tile(u32 barriers, RingPlace& key_place, RingPlace& value_place, bool take_turn, int my_turn, int next_turn,
+                                int lane) {
+    barrier_wait(barriers + (KEY_FULL + key_place.slot) * 8, key_place.parity);
+    if (lane == 0) barrier_arrive(barriers + (KEY_EMPTY + key_place.slot) * 8);
+    key_place.advance();
+    if (take_turn) {
+        named_sync(my_turn, 256);
+        named_arrive(next_turn, 256);
+    }
+    barrier_wait(barriers + (VALUE_FULL + value_place.slot) * 8, value_place.parity);
+    if (lane == 0) barrier_arrive(barriers + (VALUE_EMPTY + value_place.slot) * 8);
+    value_place.advance();
+}
+
 ATTENTION_INLINE void forward_compute(u32 base, half_bits* out, int out_pitch, float* lse, const int* key_begin, const int* key_end,
                                       const float* sinks, int query_rows, int query_heads, float scale, float softcap) {
     u32 barriers = base + CONTROL_AT;
@@ -241,10 +262,8 @@ ATTENTION_INLINE void forward_compute(u32 base, half_bits* out, int out_pitch, f
 
     while (true) {
         barrier_wait(barriers + (WORK_FULL + work_place.slot) * 8, work_place.parity);
-        ForwardWork work = *(const ForwardWork*)(dynamic_shared + WORK_AT + work_place.slot * sizeof(ForwardWork));
-        __syncwarp();
-        if (lane == 0) barrier_arrive(barriers + (WORK_EMPTY + work_place.slot) * 8);
-        work_place.advance();
+        // Read in place until the item is done: registers are short.
+        const ForwardWork& work = *(const ForwardWork*)(dynamic_shared + WORK_AT + work_place.slot * sizeof(ForwardWork));
         if (work.tiles < 0) break;
         int first_row = work.first_query + consumer * 64 + warp * 16;
         ForwardRows rows;
@@ -261,53 +280,81 @@ ATTENTION_INLINE void forward_compute(u32 base, half_bits* out, int out_pitch, f
         for (int i = 0; i < OUTPUTS; ++i) output[i] = 0.0f;
 
         if (work.tiles > 0) {
+            // Rows of this warpgroup may need fewer tiles than the block: at the diagonal, or where a document ends.
+            int group_row = work.first_query + consumer * 64;
+            int first_tile = 0, last_tile = 0;
+            if (group_row < query_rows) {
+                VisibleRange range = visible_range(key_begin, key_end, group_row, 64, query_rows);
+                if (range.first < range.last) {
+                    first_tile = min((range.first - work.first_key) / FORWARD_KEYS, work.tiles);
+                    last_tile = min((range.last - work.first_key + FORWARD_KEYS - 1) / FORWARD_KEYS, work.tiles);
+                }
+            }
+            // Tells the compiler that a warp agrees on them: products must not start in code that might diverge.
+            first_tile = __shfl_sync(0xffffffffu, first_tile, 0);
+            last_tile = __shfl_sync(0xffffffffu, last_tile, 0);
             float scores[SCORES];
             u32 weights[FORWARD_KEYS / 16][4];
-            int key = work.first_key;
             barrier_wait(barriers + QUERY_FULL * 8, query_parity);
             query_parity ^= 1;
-            barrier_wait(barriers + (KEY_FULL + key_place.slot) * 8, key_place.parity);
-            wgmma_fence();
-            issue_scores(scores, query_tile, base + KEYS_AT + key_place.slot * KEY_TILE_BYTES);
-            wgmma_wait<0>();
-            pin(scores);
-            if (lane == 0) barrier_arrive(barriers + (KEY_EMPTY + key_place.slot) * 8);
-            key_place.advance();
-            mask_scores(scores, rows, key, key < work.all_first || key + FORWARD_KEYS > work.all_last, scale, softcap, lane);
-            softmax_scores(scores, rows, exponent_scale);
-            pack_scores(weights, scores);
-
-            for (int tile = 1; tile < work.tiles; ++tile) {
-                key += FORWARD_KEYS;
+            for (int tile = 0; tile < first_tile; ++tile) pass_tile(barriers, key_place, value_place, true, my_turn, next_turn, lane);
+            if (first_tile < last_tile) {
+                int key = work.first_key + first_tile * FORWARD_KEYS;
                 barrier_wait(barriers + (KEY_FULL + key_place.slot) * 8, key_place.parity);
-                named_sync(my_turn, 256);
                 wgmma_fence();
                 issue_scores(scores, query_tile, base + KEYS_AT + key_place.slot * KEY_TILE_BYTES);
-                barrier_wait(barriers + (VALUE_FULL + value_place.slot) * 8, value_place.parity);
-                issue_values(output, weights, base + VALUES_AT + value_place.slot * VALUE_TILE_BYTES, 1);
-                named_arrive(next_turn, 256);
-                wgmma_wait<1>();
+                wgmma_wait<0>();
                 pin(scores);
                 if (lane == 0) barrier_arrive(barriers + (KEY_EMPTY + key_place.slot) * 8);
                 key_place.advance();
                 mask_scores(scores, rows, key, key < work.all_first || key + FORWARD_KEYS > work.all_last, scale, softcap, lane);
                 softmax_scores(scores, rows, exponent_scale);
+                pack_scores(weights, scores);
+
+                for (int tile = first_tile + 1; tile < last_tile; ++tile) {
+                    key += FORWARD_KEYS;
+                    barrier_wait(barriers + (KEY_FULL + key_place.slot) * 8, key_place.parity);
+                    named_sync(my_turn, 256);
+                    wgmma_fence();
+                    issue_scores(scores, query_tile, base + KEYS_AT + key_place.slot * KEY_TILE_BYTES);
+                    barrier_wait(barriers + (VALUE_FULL + value_place.slot) * 8, value_place.parity);
+                    wgmma_fence();
+                    issue_values(output, weights, base + VALUES_AT + value_place.slot * VALUE_TILE_BYTES, 1);
+                    named_arrive(next_turn, 256);
+                    wgmma_wait<1>();
+                    pin(scores);
+                    if (lane == 0) barrier_arrive(barriers + (KEY_EMPTY + key_place.slot) * 8);
+                    key_place.advance();
+                    mask_scores(scores, rows, key, key < work.all_first || key + FORWARD_KEYS > work.all_last, scale, softcap, lane);
+                    softmax_scores(scores, rows, exponent_scale);
+#if FORWARD_HOLD
+                    // Without the branch in this wait, for something that has long arrived, the assembler puts the exponentials
+                    // after the wait for the products, where they overlap with nothing.
+                    pin(scores);
+                    barrier_wait(barriers + (VALUE_FULL + value_place.slot) * 8, value_place.parity);
+#endif
+                    wgmma_wait<0>();
+                    pin(output);
+                    if (lane == 0) barrier_arrive(barriers + (VALUE_EMPTY + value_place.slot) * 8);
+                    value_place.advance();
+                    pack_scores(weights, scores);
+#pragma unroll
+                    for (int i = 0; i < OUTPUTS; ++i) output[i] *= rows.rescale[(i >> 1) & 1];
+                }
+                if (NARROW && lane == 0) barrier_arrive(barriers + QUERY_EMPTY * 8);
+                barrier_wait(barriers + (VALUE_FULL + value_place.slot) * 8, value_place.parity);
+                wgmma_fence();
+                issue_values(output, weights, base + VALUES_AT + value_place.slot * VALUE_TILE_BYTES, 1);
                 wgmma_wait<0>();
                 pin(output);
                 if (lane == 0) barrier_arrive(barriers + (VALUE_EMPTY + value_place.slot) * 8);
                 value_place.advance();
-                pack_scores(weights, scores);
-#pragma unroll
-                for (int i = 0; i < OUTPUTS; ++i) output[i] *= rows.rescale[(i >> 1) & 1];
+            } else if (NARROW && lane == 0) {
+                barrier_arrive(barriers + QUERY_EMPTY * 8);
             }
-            if (NARROW && lane == 0) barrier_arrive(barriers + QUERY_EMPTY * 8);
-            barrier_wait(barriers + (VALUE_FULL + value_place.slot) * 8, value_place.parity);
-            wgmma_fence();
-            issue_values(output, weights, base + VALUES_AT + value_place.slot * VALUE_TILE_BYTES, 1);
-            wgmma_wait<0>();
-            pin(output);
-            if (lane == 0) barrier_arrive(barriers + (VALUE_EMPTY + value_place.slot) * 8);
-            value_place.advance();
+            // A warpgroup takes one turn fewer than there are tiles, also where it computed none.
+            for (int tile = last_tile; tile < work.tiles; ++tile)
+                pass_tile(barriers, key_place, value_place, first_tile < last_tile || tile > 0, my_turn, next_turn, lane);
         }
         // Where the output takes the place of the queries, the other warps' products must be done with them.
         if (!NARROW) named_sync(4 + consumer, 128);
@@ -317,6 +364,9 @@ ATTENTION_INLINE void forward_compute(u32 base, half_bits* out, int out_pitch, f
             __syncwarp();
             if (lane == 0) barrier_arrive(barriers + QUERY_EMPTY * 8);
         }
+        __syncwarp();
+        if (lane == 0) barrier_arrive(barriers + (WORK_EMPTY + work_place.slot) * 8);
+        work_place.advance();
     }
 }
 
