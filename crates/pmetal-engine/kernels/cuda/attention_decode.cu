@@ -4,7 +4,8 @@
 // 1 attention_decode(q u16*, q_pitch i32, k u16*, k_pitch i32, v u16*, v_pitch i32, parts f32*, key_begin i32*, key_end i32* [Tq],
 //     query_rows i32, key_rows i32, query_heads i32, key_heads i32, scale f32, softcap f32)
 //   grid (splits, K * ceil(H / K / 16), Tq), block 128, dynamic shared memory 32 * P + 256 * (P + Pv) + 512 bytes, P and Pv the padded
-//   E and Ev. splits is free; 2 * multiprocessors / (grid y * grid z), at least 1 and at most 64, fills the card.
+//   E and Ev. splits is free up to 64; 2 * multiprocessors / (grid y * grid z)
+//   but at least 1 fills the card.
 // 2 attention_decode_combine(parts f32*, splits i32, out u16*, out_pitch i32, lse f32* [Tq, H], sinks f32* [H] or null,
 //     query_heads i32)
 //   grid (H, Tq), block ceil(Ev / 64) * 32, no dynamic shared memory.
@@ -168,29 +169,48 @@ extern "C" __global__ void __launch_bounds__(DECODE_WARPS * 32) attention_decode
     }
 }
 
+constexpr int MOST_SPLITS = 64;
+
 extern "C" __global__ void attention_decode_combine(const float* __restrict__ parts, int splits, half_bits* __restrict__ out, int out_pitch,
                                                     float* __restrict__ lse, const float* __restrict__ sinks, int query_heads) {
-    int head = blockIdx.x, query = blockIdx.y, query_rows = gridDim.y;
+    __shared__ float weights[MOST_SPLITS];
+    int head = blockIdx.x, query = blockIdx.y, query_rows = gridDim.y, lane = threadIdx.x % 32;
     long long first = (long long)query * query_heads + head;
     long long stride = (long long)query_rows * query_heads;
     float sink = sinks ? sinks[head] * LOG2_E : negative_infinity();
+    float logs[MOST_SPLITS / 32];
     float maximum = sink;
-    for (int split = 0; split < splits; ++split) maximum = fmaxf(maximum, parts[split * stride + first]);
-    float shift = maximum == negative_infinity() ? 0.0f : maximum;
-    float sum = exp2_fast(sink - shift), low = 0.0f, high = 0.0f;
-    int column = threadIdx.x * 2;
-    for (int split = 0; split < splits; ++split) {
-        long long row = split * stride + first;
-        float weight = exp2_fast(parts[row] - shift);
-        sum += weight;
-        if (column < VALUE_WIDTH) {
-            const float* source = parts + splits * stride + row * VALUE_WIDTH + column;
-            low += weight * source[0];
-            high += weight * source[1];
-        }
+#pragma unroll
+    for (int i = 0; i < MOST_SPLITS / 32; ++i) {
+        int split = i * 32 + lane;
+        logs[i] = split < splits ? parts[split * stride + first] : negative_infinity();
+        maximum = fmaxf(maximum, logs[i]);
     }
-    float inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
-    if (column < VALUE_WIDTH)
+#pragma unroll
+    for (int distance = 16; distance > 0; distance /= 2) maximum = fmaxf(maximum, __shfl_xor_sync(0xffffffffu, maximum, distance));
+    float shift = maximum == negative_infinity() ? 0.0f : maximum;
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < MOST_SPLITS / 32; ++i) {
+        float weight = exp2_fast(logs[i] - shift);
+        sum += weight;
+        if (threadIdx.x < 32) weights[i * 32 + lane] = weight;
+    }
+#pragma unroll
+    for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, distance);
+    sum += exp2_fast(sink - shift);
+    __syncthreads();
+    int column = threadIdx.x * 2;
+    if (column < VALUE_WIDTH) {
+        const float* source = parts + splits * stride + first * VALUE_WIDTH + column;
+        float low = 0.0f, high = 0.0f;
+#pragma unroll 8
+        for (int split = 0; split < splits; ++split) {
+            low += weights[split] * source[split * stride * VALUE_WIDTH];
+            high += weights[split] * source[split * stride * VALUE_WIDTH + 1];
+        }
+        float inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
         *(u32*)(out + (long long)query * out_pitch + head * VALUE_WIDTH + column) = pack_halves(low * inverse, high * inverse);
+    }
     if (threadIdx.x == 0) lse[first] = sum > 0.0f ? (maximum + log2_fast(sum)) * NATURAL_LOG_OF_2 : negative_infinity();
 }

@@ -18,9 +18,6 @@ constexpr bool NARROW = KEY_PIECES <= 2 && VALUE_PIECES <= 2;
 #define FORWARD_CONSUMERS (KEY_PIECES == 1 && VALUE_PIECES == 1 ? 3 : 2)
 #endif
 constexpr int CONSUMERS = FORWARD_CONSUMERS;
-#ifndef FORWARD_HOLD
-#define FORWARD_HOLD 1
-#endif
 constexpr int FORWARD_QUERIES = CONSUMERS * 64;
 constexpr int FORWARD_KEYS = NARROW ? 128 : 64;
 constexpr int FORWARD_STAGES = 2;
@@ -49,7 +46,9 @@ constexpr int WORK_AT = CONTROL_AT + 128;
 struct ForwardWork {
     int first_query, head, first_key, tiles;  // tiles < 0: there is no more work
     int all_first, all_last;                  // see VisibleRange
-    int unused[2];
+    // The tiles that the rows of each computing warpgroup need, first + (last << 16): at the diagonal, and where a document ends,
+    // these are fewer than the block's.
+    int spans[3];
 };
 
 constexpr int SCORES = FORWARD_KEYS / 2;
@@ -162,210 +161,246 @@ ATTENTION_INLINE void store_output(float (&output)[OUTPUTS], const ForwardRows& 
     __syncwarp();
 }
 
-// Hands out work and fetches tiles; runs in one thread.
+ATTENTION_INLINE int forward_span(const int* key_begin, const int* key_end, const ForwardWork& work, int consumer, int query_rows) {
+    int row = work.first_query + consumer * 64;
+    if (row >= query_rows) return 0;
+    int first = key_begin[row], last = key_end[min(row + 64, query_rows) - 1];
+    if (first >= last) return 0;
+    int first_tile = min((first - work.first_key) / FORWARD_KEYS, work.tiles);
+    return first_tile | min((last - work.first_key + FORWARD_KEYS - 1) / FORWARD_KEYS, work.tiles) << 16;
+}
+
+// One thread: brings in the queries and, as places become free, the tiles of keys and values of one item.
+ATTENTION_INLINE void fetch_item(const TensorMap& q_map, const TensorMap& k_map, const TensorMap& v_map, u32 base, const ForwardWork& work,
+                                 int key_head, RingPlace& place, int& query_parity) {
+    u32 barriers = base + CONTROL_AT;
+    barrier_wait(barriers + QUERY_EMPTY * 8, query_parity ^ 1);
+    query_parity ^= 1;
+    barrier_expect_bytes(barriers + QUERY_FULL * 8, QUERY_TILE_BYTES);
+#pragma unroll 1
+    for (int piece = 0; piece < CONSUMERS * KEY_PIECES; ++piece)
+        copy_box(base + piece * QUERY_PIECE_BYTES, q_map, barriers + QUERY_FULL * 8, piece % KEY_PIECES * 64, work.head,
+                 work.first_query + piece / KEY_PIECES * 64);
+#pragma unroll 1
+    for (int tile = 0; tile < work.tiles; ++tile) {
+        int key = work.first_key + tile * FORWARD_KEYS;
+        u32 key_full = barriers + (KEY_FULL + place.slot) * 8;
+        barrier_wait(barriers + (KEY_EMPTY + place.slot) * 8, place.parity ^ 1);
+        barrier_expect_bytes(key_full, KEY_TILE_BYTES);
+#pragma unroll 1
+        for (int piece = 0; piece < KEY_PIECES; ++piece)
+            copy_box(base + KEYS_AT + place.slot * KEY_TILE_BYTES + piece * KEY_PIECE_BYTES, k_map, key_full, piece * 64, key_head, key);
+        u32 value_full = barriers + (VALUE_FULL + place.slot) * 8;
+        barrier_wait(barriers + (VALUE_EMPTY + place.slot) * 8, place.parity ^ 1);
+        barrier_expect_bytes(value_full, VALUE_TILE_BYTES);
+#pragma unroll 1
+        for (int piece = 0; piece < VALUE_PIECES; ++piece)
+            copy_box(base + VALUES_AT + place.slot * VALUE_TILE_BYTES + piece * KEY_PIECE_BYTES, v_map, value_full, piece * 64, key_head,
+                     key);
+        place.advance();
+    }
+}
+
+// One warp: hands out work and fetches what it needs.
 ATTENTION_INLINE void forward_fetch(const TensorMap& q_map, const TensorMap& k_map, const TensorMap& v_map, u32 base, const int* key_begin,
                                     const int* key_end, u32* counters, int query_rows, int key_rows, int query_heads, int group) {
     u32 barriers = base + CONTROL_AT;
+    int lane = threadIdx.x;
     int blocks = (query_rows + FORWARD_QUERIES - 1) / FORWARD_QUERIES;
-    int items = blocks * query_heads;
     RingPlace place = {0, 0}, work_place = {0, 0};
     int query_parity = 0;
     int item = blockIdx.x;
     while (true) {
         ForwardWork work;
         work.tiles = -1;
-        int key_head = 0;
-        if (item < items) {
+        int span = 0;
+        if (item < blocks * query_heads) {
             // Under a causal mask later queries see more keys: hand out the longest items first.
             work.first_query = (blocks - 1 - item / query_heads) * FORWARD_QUERIES;
             work.head = item % query_heads;
-            key_head = work.head / group;
             VisibleRange range = visible_range(key_begin, key_end, work.first_query, FORWARD_QUERIES, query_rows);
-            int span = min(range.last, key_rows) - range.first;
-            work.tiles = span > 0 ? (span + FORWARD_KEYS - 1) / FORWARD_KEYS : 0;
+            work.tiles = (max(min(range.last, key_rows) - range.first, 0) + FORWARD_KEYS - 1) / FORWARD_KEYS;
             work.first_key = range.first;
             work.all_first = range.all_first;
             work.all_last = range.all_last;
+            if (lane < CONSUMERS) span = forward_span(key_begin, key_end, work, lane, query_rows);
         }
         barrier_wait(barriers + (WORK_EMPTY + work_place.slot) * 8, work_place.parity ^ 1);
-        *(ForwardWork*)(dynamic_shared + WORK_AT + work_place.slot * sizeof(ForwardWork)) = work;
-        barrier_arrive(barriers + (WORK_FULL + work_place.slot) * 8);
+        ForwardWork* posted = (ForwardWork*)(dynamic_shared + WORK_AT) + work_place.slot;
+        if (lane == 0) {
+            posted->first_query = work.first_query;
+            posted->head = work.head;
+            posted->first_key = work.first_key;
+            posted->tiles = work.tiles;
+            posted->all_first = work.all_first;
+            posted->all_last = work.all_last;
+        }
+        if (lane < CONSUMERS) posted->spans[lane] = span;
+        __syncwarp();
+        if (lane == 0) {
+            barrier_arrive(barriers + (WORK_FULL + work_place.slot) * 8);
+            if (work.tiles > 0) fetch_item(q_map, k_map, v_map, base, work, work.head / group, place, query_parity);
+            if (work.tiles >= 0) item = gridDim.x + atomicAdd(counters, 1u);
+        }
         work_place.advance();
         if (work.tiles < 0) break;
-
-        if (work.tiles > 0) {
-            barrier_wait(barriers + QUERY_EMPTY * 8, query_parity ^ 1);
-            query_parity ^= 1;
-            barrier_expect_bytes(barriers + QUERY_FULL * 8, QUERY_TILE_BYTES);
-#pragma unroll 1
-            for (int consumer = 0; consumer < CONSUMERS; ++consumer)
-                for (int piece = 0; piece < KEY_PIECES; ++piece)
-                    copy_box(base + (consumer * KEY_PIECES + piece) * QUERY_PIECE_BYTES, q_map, barriers + QUERY_FULL * 8, piece * 64,
-                             work.head, work.first_query + consumer * 64);
-        }
-#pragma unroll 1
-        for (int tile = 0; tile < work.tiles; ++tile) {
-            int key = work.first_key + tile * FORWARD_KEYS;
-            u32 key_full = barriers + (KEY_FULL + place.slot) * 8;
-            barrier_wait(barriers + (KEY_EMPTY + place.slot) * 8, place.parity ^ 1);
-            barrier_expect_bytes(key_full, KEY_TILE_BYTES);
-#pragma unroll 1
-            for (int piece = 0; piece < KEY_PIECES; ++piece)
-                copy_box(base + KEYS_AT + place.slot * KEY_TILE_BYTES + piece * KEY_PIECE_BYTES, k_map, key_full, piece * 64, key_head, key);
-            u32 value_full = barriers + (VALUE_FULL + place.slot) * 8;
-            barrier_wait(barriers + (VALUE_EMPTY + place.slot) * 8, place.parity ^ 1);
-            barrier_expect_bytes(value_full, VALUE_TILE_BYTES);
-#pragma unroll 1
-            for (int piece = 0; piece < VALUE_PIECES; ++piece)
-                copy_box(base + VALUES_AT + place.slot * VALUE_TILE_BYTES + piece * KEY_PIECE_BYTES, v_map, value_full, piece * 64, key_head, key);
-            place.advance();
-        }
-        item = gridDim.x + atomicAdd(counters, 1u);
+        item = __shfl_sync(0xffffffffu, item, 0);
     }
     // The last block to run out of work leaves the counters as it found them.
-    if (atomicAdd(counters + 1, 1u) == gridDim.x - 1) {
+    if (lane == 0 && atomicAdd(counters + 1, 1u) == gridDim.x - 1) {
         counters[0] = 0;
         counters[1] = 0;
     }
 }
 
+// What a computing warpgroup knows about itself and where it stands in the rings.
+struct ForwardPlace {
+    u32 base, barriers;
+    int consumer, warp, lane, my_turn, next_turn;
+    float scale, softcap;
+    RingPlace keys, values;
+};
+
+ATTENTION_INLINE void wait_for_keys(const ForwardPlace& at) { barrier_wait(at.barriers + (KEY_FULL + at.keys.slot) * 8, at.keys.parity); }
+ATTENTION_INLINE void wait_for_values(const ForwardPlace& at) {
+    barrier_wait(at.barriers + (VALUE_FULL + at.values.slot) * 8, at.values.parity);
+}
+ATTENTION_INLINE void release_keys(ForwardPlace& at) {
+    if (at.lane == 0) barrier_arrive(at.barriers + (KEY_EMPTY + at.keys.slot) * 8);
+    at.keys.advance();
+}
+ATTENTION_INLINE void release_values(ForwardPlace& at) {
+    if (at.lane == 0) barrier_arrive(at.barriers + (VALUE_EMPTY + at.values.slot) * 8);
+    at.values.advance();
+}
+ATTENTION_INLINE u32 key_tile_at(const ForwardPlace& at) { return at.base + KEYS_AT + at.keys.slot * KEY_TILE_BYTES; }
+ATTENTION_INLINE u32 value_tile_at(const ForwardPlace& at) { return at.base + VALUES_AT + at.values.slot * VALUE_TILE_BYTES; }
+
 // Takes part in a tile that holds nothing for this warpgroup's rows.
-ATTENTION_INLINE void pass_tile(u32 barriers, RingPlace& key_place, RingPlace& value_place, bool take_turn, int my_turn, int next_turn,
-                                int lane) {
-    barrier_wait(barriers + (KEY_FULL + key_place.slot) * 8, key_place.parity);
-    if (lane == 0) barrier_arrive(barriers + (KEY_EMPTY + key_place.slot) * 8);
-    key_place.advance();
+ATTENTION_INLINE void pass_tile(ForwardPlace& at, bool take_turn) {
+    wait_for_keys(at);
+    release_keys(at);
     if (take_turn) {
-        named_sync(my_turn, 256);
-        named_arrive(next_turn, 256);
+        named_sync(at.my_turn, 256);
+        named_arrive(at.next_turn, 256);
     }
-    barrier_wait(barriers + (VALUE_FULL + value_place.slot) * 8, value_place.parity);
-    if (lane == 0) barrier_arrive(barriers + (VALUE_EMPTY + value_place.slot) * 8);
-    value_place.advance();
+    wait_for_values(at);
+    release_values(at);
+}
+
+// The tiles [first_tile, last_tile) of an item, at least one: while the products of a tile's values run, the next tile's scores
+// become probabilities.
+ATTENTION_INLINE void compute_tiles(float (&output)[OUTPUTS], ForwardRows& rows, ForwardPlace& at, const ForwardWork& work, int first_tile,
+                                    int last_tile) {
+    float exponent_scale = (ATTENTION_SOFTCAP ? 1.0f : at.scale) * LOG2_E;
+    u32 query_tile = at.base + at.consumer * KEY_PIECES * QUERY_PIECE_BYTES;
+    float scores[SCORES];
+    u32 weights[FORWARD_KEYS / 16][4];
+    int key = work.first_key + first_tile * FORWARD_KEYS;
+    wait_for_keys(at);
+    wgmma_fence();
+    issue_scores(scores, query_tile, key_tile_at(at));
+    wgmma_wait<0>();
+    pin(scores);
+    release_keys(at);
+    mask_scores(scores, rows, key, key < work.all_first || key + FORWARD_KEYS > work.all_last, at.scale, at.softcap, at.lane);
+    softmax_scores(scores, rows, exponent_scale);
+    pack_scores(weights, scores);
+    for (int tile = first_tile + 1; tile < last_tile; ++tile) {
+        key += FORWARD_KEYS;
+        wait_for_keys(at);
+        named_sync(at.my_turn, 256);
+        wgmma_fence();
+        issue_scores(scores, query_tile, key_tile_at(at));
+        wait_for_values(at);
+        wgmma_fence();
+        issue_values(output, weights, value_tile_at(at), 1);
+        named_arrive(at.next_turn, 256);
+        wgmma_wait<1>();
+        pin(scores);
+        release_keys(at);
+        mask_scores(scores, rows, key, key < work.all_first || key + FORWARD_KEYS > work.all_last, at.scale, at.softcap, at.lane);
+        softmax_scores(scores, rows, exponent_scale);
+        wgmma_wait<0>();
+        pin(output);
+        release_values(at);
+        pack_scores(weights, scores);
+#pragma unroll
+        for (int i = 0; i < OUTPUTS; ++i) output[i] *= rows.rescale[(i >> 1) & 1];
+    }
+    if (NARROW && at.lane == 0) barrier_arrive(at.barriers + QUERY_EMPTY * 8);
+    wait_for_values(at);
+    wgmma_fence();
+    issue_values(output, weights, value_tile_at(at), 1);
+    wgmma_wait<0>();
+    pin(output);
+    release_values(at);
+}
+
+// The computing warpgroups' part of one item.
+ATTENTION_INLINE void compute_item(ForwardPlace& at, const ForwardWork& work, int& query_parity, half_bits* out, int out_pitch, float* lse,
+                                   const int* key_begin, const int* key_end, const float* sinks, int query_rows, int query_heads) {
+    int first_row = work.first_query + at.consumer * 64 + at.warp * 16;
+    ForwardRows rows;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        int query = first_row + half * 8 + (at.lane >> 2);
+        rows.begin[half] = query < query_rows ? key_begin[query] : 0;
+        rows.end[half] = query < query_rows ? key_end[query] : 0;
+        rows.maximum[half] = negative_infinity();
+        rows.sum[half] = 0.0f;
+    }
+    float output[OUTPUTS];
+#pragma unroll
+    for (int i = 0; i < OUTPUTS; ++i) output[i] = 0.0f;
+    if (work.tiles > 0) {
+        // The shuffle tells the compiler that a warp agrees: products must not start in code that might diverge.
+        int span = __shfl_sync(0xffffffffu, work.spans[at.consumer], 0);
+        int first_tile = span & 0xffff, last_tile = span >> 16;
+        barrier_wait(at.barriers + QUERY_FULL * 8, query_parity);
+        query_parity ^= 1;
+        for (int tile = 0; tile < first_tile; ++tile) pass_tile(at, true);
+        if (first_tile < last_tile)
+            compute_tiles(output, rows, at, work, first_tile, last_tile);
+        else if (NARROW && at.lane == 0)
+            barrier_arrive(at.barriers + QUERY_EMPTY * 8);
+        // A warpgroup takes one turn fewer than there are tiles, also where it computed none.
+        for (int tile = last_tile; tile < work.tiles; ++tile) pass_tile(at, first_tile < last_tile || tile > 0);
+    }
+    // Where the output takes the place of the queries, the other warps' products must be done with them.
+    if (!NARROW) named_sync(4 + at.consumer, 128);
+    unsigned char* output_tile = dynamic_shared + OUTPUT_AT +
+                                 at.consumer * (NARROW ? VALUE_PIECES : KEY_PIECES) * QUERY_PIECE_BYTES + at.warp * 16 * 128;
+    store_output(output, rows, output_tile, out, out_pitch, lse, sinks, work, first_row, query_rows, query_heads,
+                 ATTENTION_SOFTCAP ? 1.0f : at.scale, at.lane);
+    if (!NARROW && work.tiles > 0) {
+        fence_shared_for_engines();
+        __syncwarp();
+        if (at.lane == 0) barrier_arrive(at.barriers + QUERY_EMPTY * 8);
+    }
 }
 
 ATTENTION_INLINE void forward_compute(u32 base, half_bits* out, int out_pitch, float* lse, const int* key_begin, const int* key_end,
                                       const float* sinks, int query_rows, int query_heads, float scale, float softcap) {
-    u32 barriers = base + CONTROL_AT;
-    int consumer = threadIdx.x / 128 - 1;
-    int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+    ForwardPlace at;
+    at.base = base, at.barriers = base + CONTROL_AT;
+    at.consumer = threadIdx.x / 128 - 1;
+    at.warp = threadIdx.x / 32 % 4, at.lane = threadIdx.x % 32;
+    at.scale = scale, at.softcap = softcap;
+    at.keys = at.values = {0, 0};
     // The warpgroups take turns at starting products, so that one computes exponentials while another multiplies.
-    int my_turn = 1 + consumer, next_turn = 1 + (consumer + 1) % CONSUMERS;
-    if (consumer == CONSUMERS - 1) named_arrive(next_turn, 256);
-    u32 query_tile = base + consumer * KEY_PIECES * QUERY_PIECE_BYTES;
-    unsigned char* output_tile =
-        dynamic_shared + OUTPUT_AT + consumer * (NARROW ? VALUE_PIECES : KEY_PIECES) * QUERY_PIECE_BYTES + warp * 16 * 128;
-    float logit_scale = ATTENTION_SOFTCAP ? 1.0f : scale;
-    float exponent_scale = logit_scale * LOG2_E;
-    RingPlace key_place = {0, 0}, value_place = {0, 0}, work_place = {0, 0};
+    at.my_turn = 1 + at.consumer, at.next_turn = 1 + (at.consumer + 1) % CONSUMERS;
+    if (at.consumer == CONSUMERS - 1) named_arrive(at.next_turn, 256);
+    RingPlace work_place = {0, 0};
     int query_parity = 0;
-
     while (true) {
-        barrier_wait(barriers + (WORK_FULL + work_place.slot) * 8, work_place.parity);
+        barrier_wait(at.barriers + (WORK_FULL + work_place.slot) * 8, work_place.parity);
         // Read in place until the item is done: registers are short.
-        const ForwardWork& work = *(const ForwardWork*)(dynamic_shared + WORK_AT + work_place.slot * sizeof(ForwardWork));
+        const ForwardWork& work = ((const ForwardWork*)(dynamic_shared + WORK_AT))[work_place.slot];
         if (work.tiles < 0) break;
-        int first_row = work.first_query + consumer * 64 + warp * 16;
-        ForwardRows rows;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            int query = first_row + half * 8 + (lane >> 2);
-            rows.begin[half] = query < query_rows ? key_begin[query] : 0;
-            rows.end[half] = query < query_rows ? key_end[query] : 0;
-            rows.maximum[half] = negative_infinity();
-            rows.sum[half] = 0.0f;
-        }
-        float output[OUTPUTS];
-#pragma unroll
-        for (int i = 0; i < OUTPUTS; ++i) output[i] = 0.0f;
-
-        if (work.tiles > 0) {
-            // Rows of this warpgroup may need fewer tiles than the block: at the diagonal, or where a document ends.
-            int group_row = work.first_query + consumer * 64;
-            int first_tile = 0, last_tile = 0;
-            if (group_row < query_rows) {
-                VisibleRange range = visible_range(key_begin, key_end, group_row, 64, query_rows);
-                if (range.first < range.last) {
-                    first_tile = min((range.first - work.first_key) / FORWARD_KEYS, work.tiles);
-                    last_tile = min((range.last - work.first_key + FORWARD_KEYS - 1) / FORWARD_KEYS, work.tiles);
-                }
-            }
-            // Tells the compiler that a warp agrees on them: products must not start in code that might diverge.
-            first_tile = __shfl_sync(0xffffffffu, first_tile, 0);
-            last_tile = __shfl_sync(0xffffffffu, last_tile, 0);
-            float scores[SCORES];
-            u32 weights[FORWARD_KEYS / 16][4];
-            barrier_wait(barriers + QUERY_FULL * 8, query_parity);
-            query_parity ^= 1;
-            for (int tile = 0; tile < first_tile; ++tile) pass_tile(barriers, key_place, value_place, true, my_turn, next_turn, lane);
-            if (first_tile < last_tile) {
-                int key = work.first_key + first_tile * FORWARD_KEYS;
-                barrier_wait(barriers + (KEY_FULL + key_place.slot) * 8, key_place.parity);
-                wgmma_fence();
-                issue_scores(scores, query_tile, base + KEYS_AT + key_place.slot * KEY_TILE_BYTES);
-                wgmma_wait<0>();
-                pin(scores);
-                if (lane == 0) barrier_arrive(barriers + (KEY_EMPTY + key_place.slot) * 8);
-                key_place.advance();
-                mask_scores(scores, rows, key, key < work.all_first || key + FORWARD_KEYS > work.all_last, scale, softcap, lane);
-                softmax_scores(scores, rows, exponent_scale);
-                pack_scores(weights, scores);
-
-                for (int tile = first_tile + 1; tile < last_tile; ++tile) {
-                    key += FORWARD_KEYS;
-                    barrier_wait(barriers + (KEY_FULL + key_place.slot) * 8, key_place.parity);
-                    named_sync(my_turn, 256);
-                    wgmma_fence();
-                    issue_scores(scores, query_tile, base + KEYS_AT + key_place.slot * KEY_TILE_BYTES);
-                    barrier_wait(barriers + (VALUE_FULL + value_place.slot) * 8, value_place.parity);
-                    wgmma_fence();
-                    issue_values(output, weights, base + VALUES_AT + value_place.slot * VALUE_TILE_BYTES, 1);
-                    named_arrive(next_turn, 256);
-                    wgmma_wait<1>();
-                    pin(scores);
-                    if (lane == 0) barrier_arrive(barriers + (KEY_EMPTY + key_place.slot) * 8);
-                    key_place.advance();
-                    mask_scores(scores, rows, key, key < work.all_first || key + FORWARD_KEYS > work.all_last, scale, softcap, lane);
-                    softmax_scores(scores, rows, exponent_scale);
-#if FORWARD_HOLD
-                    // Without the branch in this wait, for something that has long arrived, the assembler puts the exponentials
-                    // after the wait for the products, where they overlap with nothing.
-                    pin(scores);
-                    barrier_wait(barriers + (VALUE_FULL + value_place.slot) * 8, value_place.parity);
-#endif
-                    wgmma_wait<0>();
-                    pin(output);
-                    if (lane == 0) barrier_arrive(barriers + (VALUE_EMPTY + value_place.slot) * 8);
-                    value_place.advance();
-                    pack_scores(weights, scores);
-#pragma unroll
-                    for (int i = 0; i < OUTPUTS; ++i) output[i] *= rows.rescale[(i >> 1) & 1];
-                }
-                if (NARROW && lane == 0) barrier_arrive(barriers + QUERY_EMPTY * 8);
-                barrier_wait(barriers + (VALUE_FULL + value_place.slot) * 8, value_place.parity);
-                wgmma_fence();
-                issue_values(output, weights, base + VALUES_AT + value_place.slot * VALUE_TILE_BYTES, 1);
-                wgmma_wait<0>();
-                pin(output);
-                if (lane == 0) barrier_arrive(barriers + (VALUE_EMPTY + value_place.slot) * 8);
-                value_place.advance();
-            } else if (NARROW && lane == 0) {
-                barrier_arrive(barriers + QUERY_EMPTY * 8);
-            }
-            // A warpgroup takes one turn fewer than there are tiles, also where it computed none.
-            for (int tile = last_tile; tile < work.tiles; ++tile)
-                pass_tile(barriers, key_place, value_place, first_tile < last_tile || tile > 0, my_turn, next_turn, lane);
-        }
-        // Where the output takes the place of the queries, the other warps' products must be done with them.
-        if (!NARROW) named_sync(4 + consumer, 128);
-        store_output(output, rows, output_tile, out, out_pitch, lse, sinks, work, first_row, query_rows, query_heads, logit_scale, lane);
-        if (!NARROW && work.tiles > 0) {
-            fence_shared_for_engines();
-            __syncwarp();
-            if (lane == 0) barrier_arrive(barriers + QUERY_EMPTY * 8);
-        }
+        compute_item(at, work, query_parity, out, out_pitch, lse, key_begin, key_end, sinks, query_rows, query_heads);
         __syncwarp();
-        if (lane == 0) barrier_arrive(barriers + (WORK_EMPTY + work_place.slot) * 8);
+        if (at.lane == 0) barrier_arrive(at.barriers + (WORK_EMPTY + work_place.slot) * 8);
         work_place.advance();
     }
 }
@@ -397,7 +432,7 @@ extern "C" __global__ void __launch_bounds__(FORWARD_THREADS, 1) attention_forwa
     __syncthreads();
     if (threadIdx.x < 128) {
         give_up_registers<PRODUCER_REGISTERS>();
-        if (threadIdx.x == 0)
+        if (threadIdx.x < 32)
             forward_fetch(q_map, k_map, v_map, base, key_begin, key_end, counters, query_rows, key_rows, query_heads,
                           query_heads / key_heads);
     } else {
