@@ -1,10 +1,10 @@
-// Attention backward for compute capability 9.0 (architecture sm_90a), E and Ev up to 128: wgmma, tensor copies, one warpgroup that
-// fetches and two that compute, each 64 keys of a block of 128. Needs attention_common.cuh, attention_hopper.cuh and
-// attention_prepare.cu in front.
+// Attention backward for compute capability 9.0 (architecture sm_90a): wgmma, tensor copies, one warpgroup that fetches and two that
+// compute, each 64 keys of a block of 128. Needs attention_common.cuh, attention_hopper.cuh and attention_prepare.cu in front.
 //
-// Option (-D) BACKWARD_CLUSTER (default 1), a divisor of H / K up to 8: so many blocks share the query heads of a group and add up dk and
-// dv through each other's shared memory. It fills the card where K * ceil(Tk / 128) blocks do not.
-// Tp = ceil(Tq / 128) * 128; pieces Ne = ceil(E / 64), Nv = ceil(Ev / 64); BACKWARD_QUERIES = Ne == 1 && Nv == 1 ? 128 : 64.
+// Option (-D) BACKWARD_CLUSTER (default 1), a divisor of H / K up to 8, 1 where E or Ev is above 128: so many blocks share the query heads
+// of a group and add up dk and dv through each other's shared memory. It pays where K * ceil(Tk / 128) blocks leave half of the card idle.
+// Tp = ceil(Tq / 128) * 128; pieces Ne = ceil(E / 64), Nv = ceil(Ev / 64); BACKWARD_QUERIES = Ne == 1 && Nv == 1 ? 128 : 64;
+// STAGES = Ne + Nv <= 6 ? 2 : 1; SWEEPS = Ne <= 2 && Nv <= 2 ? 1 : 2.
 // Workspace: row_log f32 [H, Tp], row_delta f32 [H, Tp], row_bounds i32 [2, Tp], each aligned to 16 bytes; for the atomic form
 // dq_sums f32 [H * Tp * Ne * 64], aligned to 16 bytes.
 //
@@ -15,17 +15,22 @@
 //     [rows, heads, width]; box rows BACKWARD_QUERIES for q and d_out, 128 for k and v; then dk u16*, dk_pitch i32, dv u16*,
 //     dv_pitch i32, row_log f32*, row_delta f32*, row_bounds i32*, dq_sums f32*, query_begin i32*, query_end i32* [Tk],
 //     query_rows i32, key_rows i32, query_heads i32, key_heads i32, scale f32, softcap f32)
-//   grid (K * BACKWARD_CLUSTER, ceil(Tk / 128)), block 384, dynamic shared memory
-//   (Ne + Nv) * (16384 + 256 * BACKWARD_QUERIES) + 544 * BACKWARD_QUERIES + 1024 bytes.
+//   grid (K * BACKWARD_CLUSTER, ceil(Tk / 128), SWEEPS), block 384, dynamic shared memory
+//   (Ne + Nv) * (16384 + STAGES * 128 * BACKWARD_QUERIES) + (512 + 16 * STAGES) * BACKWARD_QUERIES + 1024 bytes.
 // 3 attention_backward_hopper_convert(dq_sums f32*, dq u16*, dq_pitch i32, query_rows i32, query_heads i32, scale f32)
 //   grid (H, Tp / 64, Ne), block 128, no dynamic shared memory.
 // 4 attention_backward_hopper_keys: parameters, grid, block and shared memory of 2; dq_sums is not touched and may be null.
 // Rows of k and v up to key_rows must hold finite numbers. Otherwise as attention_backward.
 
-static_assert(KEY_PIECES <= 2 && VALUE_PIECES <= 2, "wider heads go through attention_backward");
 #ifndef BACKWARD_CLUSTER
 #define BACKWARD_CLUSTER 1
 #endif
+
+// Sums of dk and dv for 64 keys a warpgroup fit in registers together up to 128 columns each; for wider heads one block takes dk and
+// dq, another dv.
+constexpr bool ONE_SWEEP = KEY_PIECES <= 2 && VALUE_PIECES <= 2;
+constexpr int STAGES = KEY_PIECES + VALUE_PIECES <= 6 ? 2 : 1;
+static_assert(ONE_SWEEP || BACKWARD_CLUSTER == 1, "only blocks that hold both sums share a group");
 
 constexpr int BLOCK_KEYS = 128;
 constexpr int TILE_QUERIES = KEY_PIECES == 1 && VALUE_PIECES == 1 ? 128 : 64;
@@ -38,16 +43,17 @@ constexpr int GRADIENT_BYTES = TILE_QUERIES / 64 * KEY_PIECE_BYTES;
 
 constexpr int VALUES_AT = KEY_PIECES * KEY_PIECE_BYTES;
 constexpr int STAGES_AT = VALUES_AT + VALUE_PIECES * KEY_PIECE_BYTES;
-constexpr int GRADIENTS_AT = STAGES_AT + 2 * STAGE_BYTES;
+constexpr int GRADIENTS_AT = STAGES_AT + STAGES * STAGE_BYTES;
 constexpr int ROWS_AT = GRADIENTS_AT + 2 * GRADIENT_BYTES;
-constexpr int CONTROL_AT = ROWS_AT + 2 * 4 * ROW_BYTES;
-constexpr int KEYS_FULL = 0, STAGE_FULL = 1, STAGE_EMPTY = 3;
+constexpr int CONTROL_AT = ROWS_AT + STAGES * 4 * ROW_BYTES;
+// Barriers, by their place after CONTROL_AT in units of 8 bytes; rings have two slots. The rows' numbers come with the queries.
+constexpr int KEYS_FULL = 0, QUERY_FULL = 1, QUERY_EMPTY = 3, OUT_FULL = 5, OUT_EMPTY = 7;
 
-// dq of a tile of queries falls into units of 64 x 64, one for each warpgroup.
+// dq of a tile of queries falls into units of 64 x 64, shared by the two warpgroups.
 constexpr int DQ_UNITS = TILE_QUERIES / 64 * KEY_PIECES;
+constexpr int UNITS_EACH = (DQ_UNITS + 1) / 2;
 constexpr int SCORES = TILE_QUERIES / 2;
 constexpr int STEPS = TILE_QUERIES / 16;
-
 // A tile of 128 queries leaves no registers for starting dv before the gradients of the scores are known.
 constexpr bool EARLY_VALUES = TILE_QUERIES == 64;
 
@@ -70,6 +76,14 @@ ATTENTION_INLINE BackwardRange backward_range(const int* query_begin, const int*
     return range;
 }
 
+ATTENTION_INLINE void advance_stage(RingPlace& place) {
+    if (STAGES == 2)
+        place.advance();
+    else
+        place.parity ^= 1;
+}
+
+// One thread: brings in the block's keys and values and, as places become free, the tiles of queries with what belongs to their rows.
 ATTENTION_INLINE void backward_fetch(const TensorMap& q_map, const TensorMap& k_map, const TensorMap& v_map, const TensorMap& d_out_map,
                                      u32 base, const float* row_log, const float* row_delta, const int* row_bounds, int padded_rows,
                                      const BackwardRange& range) {
@@ -86,11 +100,11 @@ ATTENTION_INLINE void backward_fetch(const TensorMap& q_map, const TensorMap& k_
 #pragma unroll 1
     for (int iteration = 0; iteration < range.iterations; ++iteration) {
         int query = range.first_query + tile * TILE_QUERIES;
-        u32 full = barriers + (STAGE_FULL + place.slot) * 8;
         u32 stage = base + STAGES_AT + place.slot * STAGE_BYTES;
         u32 rows = base + ROWS_AT + place.slot * 4 * ROW_BYTES;
-        barrier_wait(barriers + (STAGE_EMPTY + place.slot) * 8, place.parity ^ 1);
-        barrier_expect_bytes(full, STAGE_BYTES + 4 * ROW_BYTES);
+        u32 full = barriers + (QUERY_FULL + place.slot) * 8;
+        barrier_wait(barriers + (QUERY_EMPTY + place.slot) * 8, place.parity ^ 1);
+        barrier_expect_bytes(full, KEY_PIECES * QUERY_PIECE_BYTES + 4 * ROW_BYTES);
 #pragma unroll 1
         for (int piece = 0; piece < KEY_PIECES; ++piece) copy_box(stage + piece * QUERY_PIECE_BYTES, q_map, full, piece * 64, head, query);
         long long row = (long long)head * padded_rows + query;
@@ -99,10 +113,13 @@ ATTENTION_INLINE void backward_fetch(const TensorMap& q_map, const TensorMap& k_
         copy_bytes(rows + 2 * ROW_BYTES, row_bounds + query, ROW_BYTES, full);
         copy_bytes(rows + 3 * ROW_BYTES, row_bounds + padded_rows + query, ROW_BYTES, full);
         stage += KEY_PIECES * QUERY_PIECE_BYTES;
+        full = barriers + (OUT_FULL + place.slot) * 8;
+        barrier_wait(barriers + (OUT_EMPTY + place.slot) * 8, place.parity ^ 1);
+        barrier_expect_bytes(full, VALUE_PIECES * QUERY_PIECE_BYTES);
 #pragma unroll 1
         for (int piece = 0; piece < VALUE_PIECES; ++piece)
             copy_box(stage + piece * QUERY_PIECE_BYTES, d_out_map, full, piece * 64, head, query);
-        place.advance();
+        advance_stage(place);
         if (++tile == range.tiles) tile = 0, ++head;
     }
 }
@@ -218,7 +235,7 @@ ATTENTION_INLINE void store_keys(const float (&sums)[PIECES * 32], unsigned char
 
 constexpr int SUM_WIDTH = (KEY_PIECES + VALUE_PIECES) * 64;
 constexpr int SUM_PITCH = SUM_WIDTH + 8;
-static_assert(BLOCK_KEYS * SUM_PITCH * 4 <= ROWS_AT, "the sums of a block fit where its tiles were");
+static_assert(BACKWARD_CLUSTER == 1 || BLOCK_KEYS * SUM_PITCH * 4 <= ROWS_AT, "the sums of a block fit where its tiles were");
 
 template <int COUNT>
 ATTENTION_INLINE void leave_sums(const float (&sums)[COUNT], int column, int lane_row, int lane) {
@@ -268,123 +285,178 @@ ATTENTION_INLINE void store_cluster_sums(u32 base, half_bits* dk, int dk_pitch, 
     }
 }
 
-template <bool WITH_QUERIES>
-ATTENTION_INLINE void backward_compute(u32 base, half_bits* dk, int dk_pitch, half_bits* dv, int dv_pitch, float* dq_sums,
-                                       const BackwardRange& range, int query_rows, int padded_rows, int key_rows, float scale,
-                                       float softcap) {
-    u32 barriers = base + CONTROL_AT;
-    int consumer = threadIdx.x / 128 - 1;
-    int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-    int warp_row = consumer * 64 + warp * 16;
-    int lane_row = warp_row + (lane >> 2);
-    u32 my_keys = base + consumer * 64 * 128;
-    u32 my_values = my_keys + VALUES_AT;
+// What a computing warpgroup knows about itself and where it stands.
+struct BackwardPlace {
+    u32 base, barriers;
+    int consumer, lane, lane_row, first_key;
+    float scale, softcap;
+    RingPlace stage;
+    int buffer;  // of the two for gradients of scores
+
+    ATTENTION_INLINE void wait(int barrier) const { barrier_wait(barriers + (barrier + stage.slot) * 8, stage.parity); }
+    ATTENTION_INLINE void release(int barrier) const {
+        if (lane == 0) barrier_arrive(barriers + (barrier + stage.slot) * 8);
+    }
+};
+
+// Gradients of scores = probabilities * (their gradients - the row's delta).
+ATTENTION_INLINE void score_gradients(float (&gradients)[SCORES], const float (&scores)[SCORES], const Slopes& slopes,
+                                      const unsigned char* rows, int lane) {
+#pragma unroll
+    for (int n = 0; n < TILE_QUERIES / 8; ++n) {
+        float2 delta = *(const float2*)(rows + ROW_BYTES + (n * 8 + (lane & 3) * 2) * 4);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            gradients[4 * n + i] = scores[4 * n + i] * (gradients[4 * n + i] - (i & 1 ? delta.y : delta.x));
+#if ATTENTION_SOFTCAP
+            gradients[4 * n + i] *= slopes[4 * n + i];
+#endif
+        }
+    }
+}
+
+// Puts the gradients of scores, key by key, where both warpgroups' products for dq read them. Two buffers make one barrier a tile
+// enough: whoever writes here again has passed the barrier of the tile between.
+ATTENTION_INLINE void share_gradients(const u32 (&packed)[STEPS][4], const BackwardPlace& at) {
+    int offset = GRADIENTS_AT + at.buffer * GRADIENT_BYTES;
+#pragma unroll
+    for (int n = 0; n < TILE_QUERIES / 8; ++n)
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+            *(u32*)(dynamic_shared + offset + n / 8 * KEY_PIECE_BYTES + (at.lane_row + half * 8) * 128 +
+                    (((n % 8) ^ (at.lane_row & 7)) << 4) + (at.lane & 3) * 4) = packed[n / 2][n % 2 * 2 + half];
+    fence_shared_for_engines();
+    named_sync(1, 256);
+}
+
+ATTENTION_INLINE void issue_unit(float (&sums)[32], const BackwardPlace& at, int unit) {
+    u32 gradients = at.base + GRADIENTS_AT + at.buffer * GRADIENT_BYTES;
+    issue_queries(sums, gradients + (TILE_QUERIES == 128 ? unit * KEY_PIECE_BYTES : 0),
+                  at.base + (TILE_QUERIES == 128 ? 0 : unit * KEY_PIECE_BYTES));
+}
+
+// One tile of queries of one head: adds to the sums of dv, of dk, and to dq in memory, whichever of them this block takes.
+template <bool VALUES, bool KEYS, bool QUERIES>
+ATTENTION_INLINE void backward_tile(float (&key_sums)[KEY_PIECES * 32], float (&value_sums)[VALUE_PIECES * 32], float* dq_target,
+                                    const BackwardPlace& at, bool ragged) {
+    u32 query_tile = at.base + STAGES_AT + at.stage.slot * STAGE_BYTES;
+    u32 d_out_tile = query_tile + KEY_PIECES * QUERY_PIECE_BYTES;
+    u32 my_keys = at.base + at.consumer * 64 * 128;
+    const unsigned char* rows = dynamic_shared + ROWS_AT + at.stage.slot * 4 * ROW_BYTES;
+    float scores[SCORES], gradients[SCORES];
+    Slopes slopes;
+    u32 weights[STEPS][4], packed[STEPS][4];
+    at.wait(QUERY_FULL);
+    if (KEYS) at.wait(OUT_FULL);
+    wgmma_fence();
+    issue_rows<KEY_PIECES>(scores, my_keys, query_tile);
+    if (KEYS) issue_rows<VALUE_PIECES>(gradients, my_keys + VALUES_AT, d_out_tile);
+    wgmma_wait<KEYS ? 1 : 0>();
+    pin(scores);
+    probabilities(scores, slopes, rows, at.first_key, at.first_key + at.lane_row, ragged, at.scale, at.softcap, at.lane);
+    if (!KEYS) {
+        at.release(QUERY_EMPTY);
+        at.wait(OUT_FULL);
+    }
+    if (VALUES && EARLY_VALUES) {
+        pack_weights(weights, scores);
+        wgmma_fence();
+        issue_sums<VALUE_PIECES * 64>(value_sums, weights, d_out_tile);
+    }
+    if (KEYS) {
+        wgmma_wait<VALUES && EARLY_VALUES ? 1 : 0>();
+        pin(gradients);
+        if (!VALUES) at.release(OUT_EMPTY);
+        score_gradients(gradients, scores, slopes, rows, at.lane);
+        pack_weights(packed, gradients);
+        if (VALUES && !EARLY_VALUES) {
+            pack_weights(weights, scores);
+            wgmma_fence();
+            issue_sums<VALUE_PIECES * 64>(value_sums, weights, d_out_tile);
+        }
+        if (QUERIES) share_gradients(packed, at);
+        wgmma_fence();
+        float query_sums[32];
+        int unit = at.consumer * UNITS_EACH;
+        if (QUERIES) issue_unit(query_sums, at, min(unit, DQ_UNITS - 1));
+        issue_sums<KEY_PIECES * 64>(key_sums, packed, query_tile);
+        if (QUERIES) {
+            wgmma_wait<1>();
+            pin(query_sums);
+            if (unit < DQ_UNITS) add_to_sums(dq_target + unit * 4096, query_sums);
+            if (UNITS_EACH == 2) {
+                wgmma_fence();
+                issue_unit(query_sums, at, min(unit + 1, DQ_UNITS - 1));
+                wgmma_wait<0>();
+                pin(query_sums);
+                if (unit + 1 < DQ_UNITS) add_to_sums(dq_target + (unit + 1) * 4096, query_sums);
+            }
+        }
+    }
+    wgmma_wait<0>();
+    if (KEYS) pin(key_sums);
+    if (VALUES) pin(value_sums);
+    if (KEYS) at.release(QUERY_EMPTY);
+    if (VALUES) at.release(OUT_EMPTY);
+}
+
+struct BackwardTargets {
+    half_bits *dk, *dv;
+    int dk_pitch, dv_pitch, key_rows;
+};
+
+template <bool VALUES, bool KEYS>
+ATTENTION_INLINE void store_block(const float (&key_sums)[KEY_PIECES * 32], const float (&value_sums)[VALUE_PIECES * 32],
+                                  const BackwardPlace& at, const BackwardTargets& to) {
+    // Both warpgroups read all keys for dq: only now may the sums take their place.
+    named_sync(1, 256);
+    if (BACKWARD_CLUSTER > 1) {
+        leave_sums(key_sums, 0, at.lane_row, at.lane);
+        leave_sums(value_sums, KEY_PIECES * 64, at.lane_row, at.lane);
+        synchronise_cluster();
+        store_cluster_sums(at.base, to.dk, to.dk_pitch, to.dv, to.dv_pitch, at.first_key, to.key_rows, at.scale);
+        // Nobody leaves while a neighbour still reads its shared memory.
+        synchronise_cluster();
+        return;
+    }
+    int warp_row = at.lane_row - (at.lane >> 2);
+    unsigned char* key_place = dynamic_shared + warp_row * 128;
+    int first_row = at.first_key + warp_row;
+    if (KEYS) store_keys<KEY_PIECES, HEAD_WIDTH>(key_sums, key_place, to.dk, to.dk_pitch, first_row, to.key_rows, at.scale, at.lane);
+    if (VALUES)
+        store_keys<VALUE_PIECES, VALUE_WIDTH>(value_sums, key_place + VALUES_AT, to.dv, to.dv_pitch, first_row, to.key_rows, 1.0f, at.lane);
+}
+
+template <bool VALUES, bool KEYS, bool QUERIES>
+ATTENTION_INLINE void backward_compute(u32 base, const BackwardTargets& to, float* dq_sums, const BackwardRange& range, int query_rows,
+                                       int padded_rows, float scale, float softcap) {
+    BackwardPlace at;
+    at.base = base, at.barriers = base + CONTROL_AT;
+    at.consumer = threadIdx.x / 128 - 1, at.lane = threadIdx.x % 32;
+    at.lane_row = at.consumer * 64 + threadIdx.x / 32 % 4 * 16 + (at.lane >> 2);
+    at.first_key = range.first_key, at.scale = scale, at.softcap = softcap;
+    at.stage = {0, 0}, at.buffer = 0;
     float key_sums[KEY_PIECES * 32], value_sums[VALUE_PIECES * 32];
 #pragma unroll
     for (int i = 0; i < KEY_PIECES * 32; ++i) key_sums[i] = 0.0f;
 #pragma unroll
     for (int i = 0; i < VALUE_PIECES * 32; ++i) value_sums[i] = 0.0f;
-    float* dq_target = dq_sums + ((long long)range.first_head * padded_rows + range.first_query) * (KEY_PIECES * 64) + consumer * 4096 +
-                       threadIdx.x % 128 * 4;
+    float* dq_target = dq_sums + ((long long)range.first_head * padded_rows + range.first_query) * (KEY_PIECES * 64) + threadIdx.x % 128 * 4;
     int tile = 0;
-    RingPlace place = {0, 0};
-    barrier_wait(barriers + KEYS_FULL * 8, 0);
-    u32 weights[STEPS][4];
+    barrier_wait(at.barriers + KEYS_FULL * 8, 0);
 #pragma unroll 1
     for (int iteration = 0; iteration < range.iterations; ++iteration) {
-        u32 query_tile = base + STAGES_AT + place.slot * STAGE_BYTES;
-        u32 d_out_tile = query_tile + KEY_PIECES * QUERY_PIECE_BYTES;
-        const unsigned char* rows = dynamic_shared + ROWS_AT + place.slot * 4 * ROW_BYTES;
         bool ragged = range.first_query + (tile + 1) * TILE_QUERIES > query_rows;
-        float scores[SCORES], gradients[SCORES];
-        Slopes slopes;
-        barrier_wait(barriers + (STAGE_FULL + place.slot) * 8, place.parity);
-        wgmma_fence();
-        issue_rows<KEY_PIECES>(scores, my_keys, query_tile);
-        issue_rows<VALUE_PIECES>(gradients, my_values, d_out_tile);
-        wgmma_wait<1>();
-        pin(scores);
-        probabilities(scores, slopes, rows, range.first_key, range.first_key + lane_row, ragged, scale, softcap, lane);
-        if (EARLY_VALUES) {
-            pack_weights(weights, scores);
-            wgmma_fence();
-            issue_sums<VALUE_PIECES * 64>(value_sums, weights, d_out_tile);
-        }
-        // Otherwise the compiler may put the exponentials after the wait, where they overlap with nothing.
-        pin(scores);
-        wgmma_wait<EARLY_VALUES ? 1 : 0>();
-        pin(gradients);
-#pragma unroll
-        for (int n = 0; n < TILE_QUERIES / 8; ++n) {
-            float2 delta = *(const float2*)(rows + ROW_BYTES + (n * 8 + (lane & 3) * 2) * 4);
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                gradients[4 * n + i] = scores[4 * n + i] * (gradients[4 * n + i] - (i & 1 ? delta.y : delta.x));
-#if ATTENTION_SOFTCAP
-                gradients[4 * n + i] *= slopes[4 * n + i];
-#endif
-            }
-        }
-        u32 packed[STEPS][4];
-        pack_weights(packed, gradients);
-        if (!EARLY_VALUES) {
-            pack_weights(weights, scores);
-            wgmma_fence();
-            issue_sums<VALUE_PIECES * 64>(value_sums, weights, d_out_tile);
-        }
-        if (WITH_QUERIES) {
-            // Two buffers, so that one barrier a tile is enough: whoever writes here again has passed the barrier of the tile between.
-            int gradient_offset = GRADIENTS_AT + place.slot * GRADIENT_BYTES;
-#pragma unroll
-            for (int n = 0; n < TILE_QUERIES / 8; ++n)
-#pragma unroll
-                for (int half = 0; half < 2; ++half)
-                    *(u32*)(dynamic_shared + gradient_offset + n / 8 * KEY_PIECE_BYTES + (lane_row + half * 8) * 128 +
-                            (((n % 8) ^ (lane_row & 7)) << 4) + (lane & 3) * 4) = packed[n / 2][n % 2 * 2 + half];
-            fence_shared_for_engines();
-            named_sync(1, 256);
-            wgmma_fence();
-            float query_sums[32];
-            int unit = DQ_UNITS == 2 ? consumer : 0;
-            issue_queries(query_sums, base + gradient_offset + (TILE_QUERIES == 128 ? unit * KEY_PIECE_BYTES : 0),
-                          base + (TILE_QUERIES == 128 ? 0 : unit * KEY_PIECE_BYTES));
-            issue_sums<KEY_PIECES * 64>(key_sums, packed, query_tile);
-            wgmma_wait<1>();
-            pin(value_sums);
-            pin(query_sums);
-            if (DQ_UNITS == 2 || consumer == 0) add_to_sums(dq_target, query_sums);
-        } else {
-            wgmma_fence();
-            issue_sums<KEY_PIECES * 64>(key_sums, packed, query_tile);
-        }
-        wgmma_wait<0>();
-        pin(key_sums);
-        pin(value_sums);
-        if (lane == 0) barrier_arrive(barriers + (STAGE_EMPTY + place.slot) * 8);
-        place.advance();
+        backward_tile<VALUES, KEYS, QUERIES>(key_sums, value_sums, dq_target, at, ragged);
+        advance_stage(at.stage);
+        at.buffer ^= 1;
         dq_target += TILE_QUERIES * KEY_PIECES * 64;
         if (++tile == range.tiles) {
             tile = 0;
             dq_target += (long long)(padded_rows - range.tiles * TILE_QUERIES) * (KEY_PIECES * 64);
         }
     }
-    // Both warpgroups read all keys for dq: only now may the sums take their place.
-    named_sync(1, 256);
-    dk += range.key_head * HEAD_WIDTH;
-    dv += range.key_head * VALUE_WIDTH;
-    if (BACKWARD_CLUSTER > 1) {
-        leave_sums(key_sums, 0, lane_row, lane);
-        leave_sums(value_sums, KEY_PIECES * 64, lane_row, lane);
-        synchronise_cluster();
-        store_cluster_sums(base, dk, dk_pitch, dv, dv_pitch, range.first_key, key_rows, scale);
-        // Nobody leaves while a neighbour still reads its shared memory.
-        synchronise_cluster();
-    } else {
-        unsigned char* key_place = dynamic_shared + warp_row * 128;
-        int first_row = range.first_key + warp_row;
-        store_keys<KEY_PIECES, HEAD_WIDTH>(key_sums, key_place, dk, dk_pitch, first_row, key_rows, scale, lane);
-        store_keys<VALUE_PIECES, VALUE_WIDTH>(value_sums, key_place + VALUES_AT, dv, dv_pitch, first_row, key_rows, 1.0f, lane);
-    }
+    store_block<VALUES, KEYS>(key_sums, value_sums, at, to);
 }
 
 template <bool WITH_QUERIES>
@@ -401,8 +473,10 @@ ATTENTION_INLINE void backward_block(const TensorMap& q_map, const TensorMap& k_
         u32 barriers = base + CONTROL_AT;
         barrier_initialise(barriers + KEYS_FULL * 8, 1);
         for (int slot = 0; slot < 2; ++slot) {
-            barrier_initialise(barriers + (STAGE_FULL + slot) * 8, 1);
-            barrier_initialise(barriers + (STAGE_EMPTY + slot) * 8, 8);
+            barrier_initialise(barriers + (QUERY_FULL + slot) * 8, 1);
+            barrier_initialise(barriers + (QUERY_EMPTY + slot) * 8, 8);
+            barrier_initialise(barriers + (OUT_FULL + slot) * 8, 1);
+            barrier_initialise(barriers + (OUT_EMPTY + slot) * 8, 8);
         }
         fence_barrier_initialisation();
     }
@@ -415,7 +489,13 @@ ATTENTION_INLINE void backward_block(const TensorMap& q_map, const TensorMap& k_
             backward_fetch(q_map, k_map, v_map, d_out_map, base, row_log, row_delta, row_bounds, padded_rows, range);
     } else {
         take_registers<240>();
-        backward_compute<WITH_QUERIES>(base, dk, dk_pitch, dv, dv_pitch, dq_sums, range, query_rows, padded_rows, key_rows, scale, softcap);
+        BackwardTargets to = {dk + range.key_head * HEAD_WIDTH, dv + range.key_head * VALUE_WIDTH, dk_pitch, dv_pitch, key_rows};
+        if (ONE_SWEEP)
+            backward_compute<true, true, WITH_QUERIES>(base, to, dq_sums, range, query_rows, padded_rows, scale, softcap);
+        else if (blockIdx.z == 0)
+            backward_compute<false, true, WITH_QUERIES>(base, to, dq_sums, range, query_rows, padded_rows, scale, softcap);
+        else
+            backward_compute<true, false, false>(base, to, dq_sums, range, query_rows, padded_rows, scale, softcap);
     }
 }
 
