@@ -28,6 +28,13 @@
 // dq, dk and dv are overwritten in every element. dk and dv are summed over the query heads of a group inside a block.
 // Forms 1 4 5 6 give the same bits every time; form 2 adds dq by float atomics.
 // Operations for each visible pair: 4 E + 2 (E + Ev) + 2 Ev with atomics, 2 (E + Ev) more without.
+//
+// Measured on an H200 as in attention_forward.cu, all launches of a form together; flash-attention 2 in brackets, run from PyTorch:
+//   2 documents of 2048, H 32, K 8, E 128: atomic 806 us, 213 TFLOP/s; deterministic 928 us (936 to 1197 us)
+//   1 document of 8192, same heads: 5393 us, 255 TFLOP/s; 6600 us (4968 us)
+//   4 documents of 2048, H 32, K 8, E 64: 878 us, 196 TFLOP/s; 968 us (936 us)
+//   4 documents of 512, H 9, K 3, E 64: 79 us; 72 us (58 us)
+//   2 documents of 2048, H 16, E 192 and Ev 128: 923 us; 1034 us. H 8, K 4, E 256: 655 us; 735 us (581 us)
 
 #ifndef BACKWARD_KEYS
 #define BACKWARD_KEYS (WIDEST_PAD <= 128 ? 128 : 64)

@@ -10,6 +10,13 @@
 // Writes every element of out and lse. A query that sees no key gets out = 0 and lse = -inf (the sink, where there is one).
 // Bytes: q, k, v, out once each from device memory while k and v of the running heads stay in L2.
 // Operations: 2 (E + Ev) for each visible pair of query and key.
+//
+// Measured on an H200 (mma.sync on a card made for wgmma), bf16, causal, operations of visible pairs alone, in a replayed graph:
+//   2 documents of 2048, H 32, K 8, E 128: 258 us, 266 TFLOP/s (flash-attention 2 in PyTorch 2.11: 271 us)
+//   1 document of 8192, same heads: 1762 us, 312 TFLOP/s (1720 us)
+//   4 documents of 2048, H 32, K 8, E 64: 262 us, 263 TFLOP/s (281 us)
+//   4 documents of 512, H 9, K 3, E 64: 16 us (18 us)
+//   2 documents of 2048, H 16, E 192 and Ev 128: 179 us, 240 TFLOP/s; H 8, K 4, E 256: 139 us, 247 TFLOP/s (177 us)
 
 constexpr int FORWARD_QUERIES = 128;
 constexpr int FORWARD_KEYS = 64;
