@@ -219,6 +219,41 @@ struct BackwardPlace {
     int first_key, first_head, group, first_query, tiles, thread, warp, lane;
 };
 
+#if ATTENTION_SOFTCAP
+typedef float Slopes[TILE_QUERIES / 8][4];
+#else
+struct Slopes {};
+#endif
+
+// Scores become probabilities; row_log begins the tile's rows: logarithm, delta, begin and end.
+ATTENTION_INLINE void tile_probabilities(float (&scores)[TILE_QUERIES / 8][4], Slopes& slopes, const float* row_log,
+                                         const BackwardInputs& in, int key, bool masked, int lane) {
+    const int* begin = (const int*)(row_log + 2 * TILE_QUERIES);
+    const int* end = begin + TILE_QUERIES;
+#pragma unroll
+    for (int n = 0; n < TILE_QUERIES / 8; ++n) {
+        int column = n * 8 + (lane & 3) * 2;
+        float2 log = *(const float2*)(row_log + column);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            float slope;
+            float exponent = capped_exponent(scores[n][i], in, slope);
+#if ATTENTION_SOFTCAP
+            slopes[n][i] = slope;
+#endif
+            scores[n][i] = exp2_fast(exponent - (i & 1 ? log.y : log.x));
+        }
+        if (!masked) continue;
+        int2 from = *(const int2*)(begin + column);
+        int2 until = *(const int2*)(end + column);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            int row = key + (i >> 1) * 8;
+            if (row < (i & 1 ? from.y : from.x) || row >= (i & 1 ? until.y : until.x)) scores[n][i] = 0.0f;
+        }
+    }
+}
+
 // One pass over all queries that see the block's keys, for every head of the group.
 template <bool WITH_VALUES, bool WITH_KEYS, bool WITH_QUERIES>
 ATTENTION_INLINE void sweep(float (&dk)[KEY_PAD / 8][4], float (&dv)[VALUE_PAD / 8][4], float* dq_sums, const BackwardInputs& in,
@@ -241,40 +276,15 @@ ATTENTION_INLINE void sweep(float (&dk)[KEY_PAD / 8][4], float (&dv)[VALUE_PAD /
 
         const float* row_log = (const float*)(at.stage_rows + slot * STAGE_BYTES);
         const float* row_delta = row_log + TILE_QUERIES;
-        const int* begin = (const int*)(row_delta + TILE_QUERIES);
+        const int* begin = (const int*)(row_log + 2 * TILE_QUERIES);
         const int* end = begin + TILE_QUERIES;
         bool masked = begin[TILE_QUERIES - 1] > at.first_key || end[0] < at.first_key + BLOCK_KEYS ||
                       first_query + TILE_QUERIES > in.query_rows;
 
         float scores[TILE_QUERIES / 8][4];
+        Slopes slopes;
         multiply_rows<KEY_PAD>(scores, at.key_tile, at.warp * 16, query_tile, lane);
-#if ATTENTION_SOFTCAP
-        float slopes[TILE_QUERIES / 8][4];
-#endif
-        int key = at.first_key + at.warp * 16 + (lane >> 2);
-#pragma unroll
-        for (int n = 0; n < TILE_QUERIES / 8; ++n) {
-            int column = n * 8 + (lane & 3) * 2;
-            float2 log = *(const float2*)(row_log + column);
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                float slope;
-                float exponent = capped_exponent(scores[n][i], in, slope);
-#if ATTENTION_SOFTCAP
-                slopes[n][i] = slope;
-#endif
-                scores[n][i] = exp2_fast(exponent - (i & 1 ? log.y : log.x));
-            }
-            if (masked) {
-                int2 from = *(const int2*)(begin + column);
-                int2 until = *(const int2*)(end + column);
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    int row = key + (i >> 1) * 8;
-                    if (row < (i & 1 ? from.y : from.x) || row >= (i & 1 ? until.y : until.x)) scores[n][i] = 0.0f;
-                }
-            }
-        }
+        tile_probabilities(scores, slopes, row_log, in, at.first_key + at.warp * 16 + (lane >> 2), masked, lane);
         if (WITH_VALUES) accumulate<VALUE_PAD>(dv, scores, d_out_tile, lane);
         if (WITH_KEYS) {
             float gradients[TILE_QUERIES / 8][4];

@@ -452,7 +452,8 @@ ATTENTION_INLINE void backward_compute(u32 base, const BackwardTargets& to, floa
     for (int i = 0; i < KEY_PIECES * 32; ++i) key_sums[i] = 0.0f;
 #pragma unroll
     for (int i = 0; i < VALUE_PIECES * 32; ++i) value_sums[i] = 0.0f;
-    float* dq_target = dq_sums + ((long long)range.first_head * padded_rows + range.first_query) * (KEY_PIECES * 64) + threadIdx.x % 128 * 4;
+    long long first_row = (long long)range.first_head * padded_rows + range.first_query;
+    float* dq_target = dq_sums + first_row * (KEY_PIECES * 64) + threadIdx.x % 128 * 4;
     int tile = 0;
     barrier_wait(at.barriers + KEYS_FULL * 8, 0);
 #pragma unroll 1
@@ -515,14 +516,14 @@ ATTENTION_INLINE void backward_block(const TensorMap& q_map, const TensorMap& k_
 #else
 #define BACKWARD_CLUSTER_SHAPE
 #endif
-#define BACKWARD_HOPPER(NAME, WITH_QUERIES)                                                                                         \
-    extern "C" __global__ void BACKWARD_CLUSTER_SHAPE __launch_bounds__(BACKWARD_THREADS, 1) NAME(                                                      \
-        const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map,  \
-        const __grid_constant__ TensorMap d_out_map, half_bits* __restrict__ dk, int dk_pitch, half_bits* __restrict__ dv,          \
-        int dv_pitch, const float* __restrict__ row_log, const float* __restrict__ row_delta, const int* __restrict__ row_bounds,   \
-        float* __restrict__ dq_sums, const int* __restrict__ query_begin, const int* __restrict__ query_end, int query_rows,        \
-        int key_rows, int query_heads, int key_heads, float scale, float softcap) {                                                 \
-        backward_block<WITH_QUERIES>(q_map, k_map, v_map, d_out_map, dk, dk_pitch, dv, dv_pitch, row_log, row_delta, row_bounds,    \
+#define BACKWARD_HOPPER(NAME, WITH_QUERIES)                                                                                          \
+    extern "C" __global__ void BACKWARD_CLUSTER_SHAPE __launch_bounds__(BACKWARD_THREADS, 1) NAME(                                   \
+        const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map,   \
+        const __grid_constant__ TensorMap d_out_map, half_bits* __restrict__ dk, int dk_pitch, half_bits* __restrict__ dv,           \
+        int dv_pitch, const float* __restrict__ row_log, const float* __restrict__ row_delta, const int* __restrict__ row_bounds,    \
+        float* __restrict__ dq_sums, const int* __restrict__ query_begin, const int* __restrict__ query_end, int query_rows,         \
+        int key_rows, int query_heads, int key_heads, float scale, float softcap) {                                                  \
+        backward_block<WITH_QUERIES>(q_map, k_map, v_map, d_out_map, dk, dk_pitch, dv, dv_pitch, row_log, row_delta, row_bounds,     \
                                      dq_sums, query_begin, query_end, query_rows, key_rows, query_heads, key_heads, scale, softcap); \
     }
 BACKWARD_HOPPER(attention_backward_hopper, true)

@@ -80,6 +80,41 @@ ATTENTION_INLINE void decode_tile(DecodeState& state, u32 query_tile, u32 key_ti
     }
 }
 
+// Adds up the warps' parts, which meet in the place of the tiles, and stores them from row `first` of `rows` on.
+ATTENTION_INLINE void store_part(DecodeState& state, float* parts, long long rows, long long first, int heads, int warp, int lane) {
+    __syncthreads();
+    float* outputs = (float*)(dynamic_shared + 16 * KEY_PAD * 2);
+    float2* totals = (float2*)(dynamic_shared + 16 * KEY_PAD * 2 + DECODE_WARPS * 2 * DECODE_STAGE_BYTES);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        int row = half * 8 + (lane >> 2);
+        float sum = quad_sum(state.sum[half]);
+        if ((lane & 3) == 0) totals[warp * 16 + row] = make_float2(state.maximum[half], sum);
+#pragma unroll
+        for (int n = 0; n < VALUE_PAD / 8; ++n)
+            *(float2*)(outputs + (warp * 16 + row) * VALUE_PAD + n * 8 + (lane & 3) * 2) =
+                make_float2(state.output[n][2 * half], state.output[n][2 * half + 1]);
+    }
+    __syncthreads();
+    for (int index = threadIdx.x; index < heads * VALUE_WIDTH; index += DECODE_WARPS * 32) {
+        int head = index / VALUE_WIDTH, column = index % VALUE_WIDTH;
+        float maximum = negative_infinity();
+#pragma unroll
+        for (int part = 0; part < DECODE_WARPS; ++part) maximum = fmaxf(maximum, totals[part * 16 + head].x);
+        float shift = maximum == negative_infinity() ? 0.0f : maximum;
+        float sum = 0.0f, value = 0.0f;
+#pragma unroll
+        for (int part = 0; part < DECODE_WARPS; ++part) {
+            float weight = exp2_fast(totals[part * 16 + head].x - shift);
+            sum += weight * totals[part * 16 + head].y;
+            value += weight * outputs[(part * 16 + head) * VALUE_PAD + column];
+        }
+        long long row = first + head;
+        parts[rows + row * VALUE_WIDTH + column] = sum > 0.0f ? value / sum : 0.0f;
+        if (column == 0) parts[row] = sum > 0.0f ? maximum + log2_fast(sum) : negative_infinity();
+    }
+}
+
 extern "C" __global__ void __launch_bounds__(DECODE_WARPS * 32) attention_decode(
     const half_bits* __restrict__ q, int q_pitch, const half_bits* __restrict__ k, int k_pitch, const half_bits* __restrict__ v,
     int v_pitch, float* __restrict__ parts, const int* __restrict__ key_begin, const int* __restrict__ key_end, int query_rows,
@@ -136,39 +171,8 @@ extern "C" __global__ void __launch_bounds__(DECODE_WARPS * 32) attention_decode
         key = next;
     }
 
-    // The warps' parts meet in the place of the tiles.
-    __syncthreads();
-    float* outputs = (float*)(dynamic_shared + 16 * KEY_PAD * 2);
-    float2* totals = (float2*)(dynamic_shared + 16 * KEY_PAD * 2 + DECODE_WARPS * 2 * DECODE_STAGE_BYTES);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        int row = half * 8 + (lane >> 2);
-        float sum = quad_sum(state.sum[half]);
-        if ((lane & 3) == 0) totals[warp * 16 + row] = make_float2(state.maximum[half], sum);
-#pragma unroll
-        for (int n = 0; n < VALUE_PAD / 8; ++n)
-            *(float2*)(outputs + (warp * 16 + row) * VALUE_PAD + n * 8 + (lane & 3) * 2) =
-                make_float2(state.output[n][2 * half], state.output[n][2 * half + 1]);
-    }
-    __syncthreads();
-    long long rows = (long long)splits * query_rows * query_heads;
-    for (int index = thread; index < heads * VALUE_WIDTH; index += DECODE_WARPS * 32) {
-        int head = index / VALUE_WIDTH, column = index % VALUE_WIDTH;
-        float maximum = negative_infinity();
-#pragma unroll
-        for (int part = 0; part < DECODE_WARPS; ++part) maximum = fmaxf(maximum, totals[part * 16 + head].x);
-        float shift = maximum == negative_infinity() ? 0.0f : maximum;
-        float sum = 0.0f, value = 0.0f;
-#pragma unroll
-        for (int part = 0; part < DECODE_WARPS; ++part) {
-            float weight = exp2_fast(totals[part * 16 + head].x - shift);
-            sum += weight * totals[part * 16 + head].y;
-            value += weight * outputs[(part * 16 + head) * VALUE_PAD + column];
-        }
-        long long row = ((long long)split * query_rows + query) * query_heads + first_head + head;
-        parts[rows + row * VALUE_WIDTH + column] = sum > 0.0f ? value / sum : 0.0f;
-        if (column == 0) parts[row] = sum > 0.0f ? maximum + log2_fast(sum) : negative_infinity();
-    }
+    long long first = ((long long)split * query_rows + query) * query_heads + first_head;
+    store_part(state, parts, (long long)splits * query_rows * query_heads, first, heads, warp, lane);
 }
 
 constexpr int MOST_SPLITS = 64;

@@ -13,7 +13,8 @@
 //   dynamic shared memory CONSUMERS * 8192 * (Ne + (Ne <= 2 && Nv <= 2 ? Nv : 0)) + 2 * FORWARD_KEYS * 128 * (Ne + Nv) + 1024 bytes.
 //   Above 128 Nv must not exceed Ne.
 // counters is zero before the first launch and zero again after each; launches that may overlap need counters of their own.
-// Rows of k and v up to key_rows must hold finite numbers, also where no query sees them. Otherwise as attention_forward.//
+// Rows of k and v up to key_rows must hold finite numbers, also where no query sees them. Otherwise as attention_forward.
+//
 // Measured on an H200, bf16, causal, operations of visible pairs alone, in a replayed graph; cuDNN in PyTorch 2.11 in brackets:
 //   2 documents of 2048, H 32, K 8, E 128: 136 us, 504 TFLOP/s (160 us)
 //   1 document of 8192, same heads: 956 us, 575 TFLOP/s (952 us)
@@ -25,6 +26,7 @@
 // One run to the next differs by up to 5 in 100.
 
 constexpr bool NARROW = KEY_PIECES <= 2 && VALUE_PIECES <= 2;
+
 #ifndef FORWARD_CONSUMERS
 #define FORWARD_CONSUMERS (KEY_PIECES == 1 && VALUE_PIECES == 1 ? 3 : 2)
 #endif
@@ -76,10 +78,10 @@ ATTENTION_INLINE void issue_scores(float (&scores)[SCORES], u32 query_tile, u32 
     wgmma_commit();
 }
 
-ATTENTION_INLINE void issue_values(float (&output)[OUTPUTS], const u32 (&weights)[FORWARD_KEYS / 16][4], u32 value_tile, int accumulate_into) {
+ATTENTION_INLINE void issue_values(float (&output)[OUTPUTS], const u32 (&weights)[FORWARD_KEYS / 16][4], u32 value_tile) {
 #pragma unroll
     for (int step = 0; step < FORWARD_KEYS / 16; ++step)
-        wgmma_registers<1>(output, weights[step], operand(value_tile + step * 2048, KEY_PIECE_BYTES), accumulate_into || step > 0);
+        wgmma_registers<1>(output, weights[step], operand(value_tile + step * 2048, KEY_PIECE_BYTES), 1);
     wgmma_commit();
 }
 
@@ -326,7 +328,7 @@ ATTENTION_INLINE void compute_tiles(float (&output)[OUTPUTS], ForwardRows& rows,
         issue_scores(scores, query_tile, key_tile_at(at));
         wait_for_values(at);
         wgmma_fence();
-        issue_values(output, weights, value_tile_at(at), 1);
+        issue_values(output, weights, value_tile_at(at));
         named_arrive(at.next_turn, 256);
         wgmma_wait<1>();
         pin(scores);
@@ -343,7 +345,7 @@ ATTENTION_INLINE void compute_tiles(float (&output)[OUTPUTS], ForwardRows& rows,
     if (NARROW && at.lane == 0) barrier_arrive(at.barriers + QUERY_EMPTY * 8);
     wait_for_values(at);
     wgmma_fence();
-    issue_values(output, weights, value_tile_at(at), 1);
+    issue_values(output, weights, value_tile_at(at));
     wgmma_wait<0>();
     pin(output);
     release_values(at);
