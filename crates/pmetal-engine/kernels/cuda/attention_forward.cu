@@ -5,8 +5,9 @@
 //   q u16*, q_pitch i32, k u16*, k_pitch i32, v u16*, v_pitch i32, out u16*, out_pitch i32, lse f32* [Tq, H],
 //   key_begin i32* [Tq], key_end i32* [Tq], sinks f32* [H] or null,
 //   query_rows i32, key_rows i32, query_heads i32, key_heads i32, scale f32, softcap f32)
-//   grid (H, ceil(Tq / 128), 1); block (FORWARD_THREADS, 1, 1) with FORWARD_THREADS = max(P, Pv) <= 128 ? 128 : 256;
-//   dynamic shared memory max(128 * P + 64 * P + 64 * Pv, 128 * Pv) * 2 + 1024 bytes, P and Pv the padded E and Ev.
+//   grid (H, ceil(Tq / B), 1); block (max(P, Pv) <= 128 ? B : 2 * B, 1, 1);
+//   dynamic shared memory max(B * P + 64 * P + 64 * Pv, B * Pv) * 2 + 8 * B bytes, P and Pv the padded E and Ev, B = 128.
+// Option (-D) FORWARD_BLOCK_QUERIES=64 makes B = 64 and thereby lets E = 256 run in 99 kB of shared memory.
 // Writes every element of out and lse. A query that sees no key gets out = 0 and lse = -inf (the sink, where there is one).
 // Bytes: q, k, v, out once each from device memory while k and v of the running heads stay in L2.
 // Operations: 2 (E + Ev) for each visible pair of query and key.
@@ -18,7 +19,10 @@
 //   4 documents of 512, H 9, K 3, E 64: 16 us (18 us)
 //   2 documents of 2048, H 16, E 192 and Ev 128: 179 us, 240 TFLOP/s; H 8, K 4, E 256: 139 us, 247 TFLOP/s (177 us)
 
-constexpr int FORWARD_QUERIES = 128;
+#ifndef FORWARD_BLOCK_QUERIES
+#define FORWARD_BLOCK_QUERIES 128
+#endif
+constexpr int FORWARD_QUERIES = FORWARD_BLOCK_QUERIES;
 constexpr int FORWARD_KEYS = 64;
 // Two row tiles a warp halve the shared-memory reads of k and v; wide heads have no registers for that.
 constexpr int FORWARD_ROW_TILES = WIDEST_PAD <= 128 ? 2 : 1;
