@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Writes the fixtures: tiny all-random models with the numbers that transformers and peft compute from them.
 
-    tools/make_fixtures.py                 write every case of fixture_cases.py under fixtures/, and SHA256SUMS
+    tools/make_fixtures.py                 write every case of fixture_cases.py under fixtures/, and fixtures.sha256 beside this file
     tools/make_fixtures.py NAME...         write these cases alone, keeping the sums of the others
     tools/make_fixtures.py --check         regenerate into a scratch folder and compare with what is committed
 
@@ -44,6 +44,7 @@ from transformers.utils import logging as transformers_logging
 
 from fixture_cases import CASES, DROP
 
+SUMS = Path(__file__).with_name("fixtures.sha256")
 TOLERANCE = 1e-4  # of the logits' standard deviation: what a reader of the fixtures is held to
 MINIMUM_EFFECT = 20 * TOLERANCE
 GREEDY_PROMPT, GREEDY_TOKENS, GREEDY_DISTINCT = 8, 24, 6
@@ -365,13 +366,13 @@ def write_case(case, root):
 
 
 def sums_of(root):
-    files = sorted(path for path in root.rglob("*") if path.is_file() and path.name != "SHA256SUMS")
+    files = sorted(path for path in root.rglob("*") if path.is_file())
     return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def write_sums(root):
     lines = [f"{digest}  {name}\n" for name, digest in sums_of(root).items()]
-    (root / "SHA256SUMS").write_text("".join(lines))
+    SUMS.write_text("".join(lines))
 
 
 def tensors_agree(left, right):
@@ -394,11 +395,11 @@ def tensors_agree(left, right):
 def check(cases, root):
     """Regenerates and compares; bytes that differ only by rounding in expected.safetensors are counted, not refused."""
     recorded = {}
-    for line in (root / "SHA256SUMS").read_text().splitlines():
+    for line in SUMS.read_text().splitlines():
         digest, name = line.split("  ", 1)
         recorded[name] = digest
     present = sums_of(root)
-    wrong = [f"{name}: differs from SHA256SUMS" for name in sorted(recorded.keys() | present.keys())
+    wrong = [f"{name}: differs from {SUMS.name}" for name in sorted(recorded.keys() | present.keys())
              if recorded.get(name) != present.get(name)]
     rounded = 0
     with tempfile.TemporaryDirectory() as scratch:
