@@ -14,15 +14,22 @@ pub struct Parameter {
 }
 
 #[derive(Debug)]
-struct State {
-    value: Tensor,
-    gradient: Option<Tensor>,
+pub(crate) struct State {
+    pub(crate) value: Tensor,
+    pub(crate) gradient: Option<Tensor>,
+    /// Whether anything was added to the gradient since it was cleared; else it is zero.
+    pub(crate) is_reached: bool,
+    /// A copy of the value in the type of products, kept up to date.
+    pub(crate) shadow: Option<Tensor>,
 }
 
 impl Parameter {
     /// A parameter from its f32 value.
     pub fn new(name: impl Into<String>, value: Tensor) -> Arc<Self> {
-        Arc::new(Self { name: name.into(), state: Mutex::new(State { value, gradient: None }) })
+        Arc::new(Self {
+            name: name.into(),
+            state: Mutex::new(State { value, gradient: None, is_reached: false, shadow: None }),
+        })
     }
 
     /// The name that checkpoints use.
@@ -34,24 +41,46 @@ impl Parameter {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A handle to the current value. Drop it before the next [`Self::update`], which otherwise copies.
+    /// A handle to the current value. Drop it before the next optimizer step, which otherwise copies.
     pub fn value(&self) -> Tensor {
         self.state().value.clone()
     }
 
     /// Replaces the value.
     pub fn set_value(&self, value: Tensor) {
-        self.state().value = value;
+        let mut state = self.state();
+        state.value = value;
+        state.refresh_shadow();
+    }
+
+    /// Keeps a copy of the value in `shadow`, which has its shape, from now on.
+    pub(crate) fn set_shadow(&self, shadow: Tensor) {
+        let mut state = self.state();
+        state.shadow = Some(shadow);
+        state.refresh_shadow();
     }
 
     /// A handle to the gradient, `None` when no backward pass has reached the parameter.
     pub fn gradient(&self) -> Option<Tensor> {
+        let state = self.state();
+        state.gradient.clone().filter(|_| state.is_reached)
+    }
+
+    /// The gradient's memory, also after an optimizer step has taken it: what a step that changed nothing leaves.
+    pub fn last_gradient(&self) -> Option<Tensor> {
         self.state().gradient.clone()
     }
 
-    /// Drops the gradient and its memory.
+    /// Forgets the gradient: on a CPU its memory too, elsewhere the next one has the same address.
     pub fn clear_gradient(&self) {
-        self.state().gradient = None;
+        let mut state = self.state();
+        let was_reached = std::mem::take(&mut state.is_reached);
+        if state.value.is_host() {
+            state.gradient = None;
+        }
+        if let Some(gradient) = state.gradient.as_mut().filter(|_| was_reached) {
+            gradient.fill_zero();
+        }
     }
 
     /// Lets `add` add to the gradient, which starts at zero.
@@ -69,20 +98,29 @@ impl Parameter {
         };
         let outcome = add(&mut gradient);
         state.gradient = Some(gradient);
+        state.is_reached = true;
         outcome
     }
 
-    /// Lets `change` write the value, given the gradient (`None` = nothing reached it), and keeps the gradient.
+    /// The value and gradient to be written, the value under no other handle.
     ///
     /// # Errors
-    /// What `change` returns, or out of memory when the value is shared and must be copied.
-    pub fn update(&self, change: impl FnOnce(&mut Tensor, Option<&Tensor>) -> Result<()>) -> Result<()> {
+    /// Out of memory when the value is shared and must be copied.
+    pub(crate) fn unique(&self) -> Result<MutexGuard<'_, State>> {
         let mut state = self.state();
         if !state.value.is_unique() {
             state.value = state.value.copy(Category::Parameters)?;
         }
-        let gradient = state.gradient.clone();
-        change(&mut state.value, gradient.as_ref())
+        Ok(state)
+    }
+}
+
+impl State {
+    fn refresh_shadow(&mut self) {
+        if let Some(shadow) = &mut self.shadow {
+            let device = self.value.device().clone();
+            device.kernels().convert(&self.value, shadow);
+        }
     }
 }
 
@@ -110,6 +148,15 @@ impl Weight {
             Self::Frozen(_) => None,
             Self::Trainable(parameter) => Some(parameter),
         }
+    }
+
+    /// Copies the value into a tensor of its shape, and every later value if it is trained.
+    pub(crate) fn copy_into(&self, mut target: Tensor) -> Result<()> {
+        match self {
+            Self::Frozen(tensor) => tensor.device().kernels().convert(tensor, &mut target),
+            Self::Trainable(parameter) => parameter.set_shadow(target),
+        }
+        Ok(())
     }
 
     /// The shape of the value.

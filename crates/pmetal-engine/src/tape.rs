@@ -201,6 +201,25 @@ impl Tape {
         Var { tensor, slot, recipe: None }
     }
 
+    /// [`Self::push`] of an operation with several outputs.
+    pub(crate) fn push_all(
+        &self,
+        tensors: Vec<Tensor>,
+        wanted: bool,
+        backward: impl FnOnce(Vec<usize>) -> Backward,
+    ) -> Vec<Var> {
+        let slots: Option<Vec<usize>> = self.record.as_ref().filter(|_| wanted).map(|record| {
+            let mut record = record.borrow_mut();
+            let slots: Vec<usize> = tensors.iter().map(|_| record.new_slot()).collect();
+            let node = backward(slots.clone());
+            record.nodes.push(node);
+            slots
+        });
+        let var =
+            |(index, tensor)| Var { tensor, slot: slots.as_ref().map(|slots| slots[index]), recipe: None };
+        tensors.into_iter().enumerate().map(var).collect()
+    }
+
     /// Says how a value that is cheap to compute again can be had, so that later operations need not keep it.
     pub(crate) fn with_recipe(&self, var: Var, compute: impl Fn() -> Result<Tensor> + 'static) -> Var {
         if var.slot.is_none() && !self.is_recording() {

@@ -1,4 +1,6 @@
-//! Contiguous row-major arrays in a device's memory.
+//! Row-major arrays in a device's memory.
+
+mod columns;
 
 use std::sync::Arc;
 
@@ -7,7 +9,8 @@ use crate::error::{Error, Result, expect_dtype, expect_shape};
 use crate::memory::Category;
 use crate::{DType, Device};
 
-/// A contiguous row-major array. Cloning shares the memory; writing needs the only handle to it.
+/// A row-major array. Cloning shares the memory; writing needs the only handle to it. Contiguous, but for what
+/// [`Self::split_columns`] gives.
 #[derive(Clone)]
 pub struct Tensor {
     dtype: DType,
@@ -15,19 +18,43 @@ pub struct Tensor {
     buffer: Arc<Buffer>,
     /// First element, in elements of `dtype`.
     offset: usize,
+    /// Columns of a wider array, when it is not contiguous.
+    part: Option<columns::Part>,
 }
 
 /// Memory of one device, counted while it lives.
 pub(crate) struct Buffer {
-    bytes: AlignedBytes,
+    memory: Memory,
     category: Category,
     device: Device,
 }
 
+/// Where a tensor's bytes are.
+pub(crate) enum Memory {
+    /// In the program's own memory.
+    Host(AlignedBytes),
+    /// In a device's memory, which only its kernels read and write.
+    Remote {
+        /// The first byte, as the device counts.
+        address: u64,
+        /// Size.
+        bytes: usize,
+    },
+}
+
+impl Memory {
+    pub(crate) fn len(&self) -> usize {
+        match self {
+            Self::Host(bytes) => bytes.len(),
+            Self::Remote { bytes, .. } => *bytes,
+        }
+    }
+}
+
 impl Drop for Buffer {
     fn drop(&mut self) {
-        self.device.memory().freed(self.category, self.bytes.length);
-        self.device.recycle(std::mem::take(&mut self.bytes));
+        self.device.memory().freed(self.category, self.memory.len());
+        self.device.recycle(std::mem::replace(&mut self.memory, Memory::Host(AlignedBytes::default())));
     }
 }
 
@@ -96,7 +123,7 @@ impl Tensor {
     /// [`Error::OutOfMemory`] when the device has no room.
     pub fn zeros(device: &Device, category: Category, dtype: DType, shape: &[usize]) -> Result<Self> {
         let mut tensor = Self::scratch(device, category, dtype, shape)?;
-        tensor.bytes_mut().fill(0);
+        tensor.fill(0);
         Ok(tensor)
     }
 
@@ -117,10 +144,10 @@ impl Tensor {
             .ok_or_else(|| out_of_memory(usize::MAX))?;
         let storage = device.allocate(bytes).ok_or_else(|| out_of_memory(bytes))?;
         device.memory().allocated(category, storage.len());
-        let buffer = Arc::new(Buffer { bytes: storage, category, device: device.clone() });
-        let mut tensor = Self { dtype, shape: shape.to_vec(), buffer, offset: 0 };
+        let buffer = Arc::new(Buffer { memory: storage, category, device: device.clone() });
+        let mut tensor = Self { dtype, shape: shape.to_vec(), buffer, offset: 0, part: None };
         if cfg!(debug_assertions) {
-            tensor.bytes_mut().fill(0xFF);
+            tensor.fill(0xFF);
         }
         Ok(tensor)
     }
@@ -144,8 +171,95 @@ impl Tensor {
             });
         }
         let mut tensor = Self::scratch(device, category, T::DTYPE, shape)?;
-        tensor.as_mut_slice::<T>().copy_from_slice(values);
+        tensor.write_bytes(bytemuck::cast_slice(values));
         Ok(tensor)
+    }
+
+    fn fill(&mut self, byte: u8) {
+        match self.buffer.memory {
+            Memory::Host(_) => self.bytes_mut().fill(byte),
+            Memory::Remote { .. } => {
+                assert!(self.part.is_none(), "invariant: only contiguous tensors are filled");
+                let (address, length) = (self.address_mut(), self.byte_length());
+                self.device().remote().fill(address, byte, length);
+            }
+        }
+    }
+
+    /// Sets every element to zero.
+    pub fn fill_zero(&mut self) {
+        self.fill(0);
+    }
+
+    /// Overwrites the memory by elements in the machine's byte order.
+    ///
+    /// # Panics
+    /// When the number of bytes is not [`Self::byte_length`], and when another handle shares the memory.
+    pub fn write_bytes(&mut self, bytes: &[u8]) {
+        assert_eq!(bytes.len(), self.byte_length(), "invariant: a tensor is written as a whole");
+        match self.buffer.memory {
+            Memory::Host(_) => self.bytes_mut().copy_from_slice(bytes),
+            Memory::Remote { .. } => {
+                let address = self.address_mut();
+                self.device().remote().upload(bytes, address);
+            }
+        }
+    }
+
+    /// [`Self::write_bytes`] of elements.
+    ///
+    /// # Panics
+    /// As [`Self::write_bytes`], and when `T` is not the tensor's element type.
+    pub fn write_slice<T: Scalar>(&mut self, values: &[T]) {
+        assert_eq!(T::DTYPE, self.dtype, "invariant: the caller chose its type by dtype()");
+        self.write_bytes(bytemuck::cast_slice(values));
+    }
+
+    /// Lets `read` put elements into the memory, in the machine's byte order.
+    ///
+    /// # Errors
+    /// What `read` returns.
+    ///
+    /// # Panics
+    /// When another handle shares the memory.
+    pub fn read_from<E>(
+        &mut self,
+        read: impl FnOnce(&mut [u8]) -> std::result::Result<(), E>,
+    ) -> std::result::Result<(), E> {
+        match self.buffer.memory {
+            Memory::Host(_) => read(self.bytes_mut()),
+            Memory::Remote { .. } => {
+                let mut bytes = vec![0; self.byte_length()];
+                read(&mut bytes)?;
+                self.write_bytes(&bytes);
+                Ok(())
+            }
+        }
+    }
+
+    /// Whether the elements are in the program's own memory.
+    pub fn is_host(&self) -> bool {
+        matches!(self.buffer.memory, Memory::Host(_))
+    }
+
+    /// The first element's address in a device's memory.
+    ///
+    /// # Panics
+    /// For a host tensor: a fault of the calling kernel.
+    pub(crate) fn address(&self) -> u64 {
+        match self.buffer.memory {
+            Memory::Remote { address, .. } => address + (self.offset * self.dtype.bytes()) as u64,
+            Memory::Host(_) => unreachable!("invariant: a kernel is given tensors of its own device"),
+        }
+    }
+
+    /// [`Self::address`], to write there.
+    ///
+    /// # Panics
+    /// As [`Self::address`], and when another handle shares the memory.
+    pub(crate) fn address_mut(&mut self) -> u64 {
+        assert!(self.is_unique(), "invariant: only fresh or unique tensors are written");
+        self.address()
     }
 
     /// Element type.
@@ -183,10 +297,10 @@ impl Tensor {
         &self.buffer.device
     }
 
-    /// The same memory under another shape.
+    /// The same memory under another shape; columns of a wider array are copied when the number of rows changes.
     ///
     /// # Errors
-    /// [`Error::Shape`] when the number of elements differs.
+    /// [`Error::Shape`] when the number of elements differs; out of memory for a copy.
     pub fn reshape(&self, shape: &[usize]) -> Result<Self> {
         if shape.iter().product::<usize>() != self.elements() {
             return Err(Error::Shape {
@@ -195,6 +309,10 @@ impl Tensor {
                 actual: self.shape.clone(),
                 expected: shape.to_vec(),
             });
+        }
+        let rows = |shape: &[usize]| shape.first().copied().unwrap_or(1);
+        if self.part.is_some() && rows(shape) != rows(&self.shape) {
+            return Ok(Self { shape: shape.to_vec(), ..self.copy(self.buffer.category)? });
         }
         Ok(Self { shape: shape.to_vec(), ..self.clone() })
     }
@@ -214,10 +332,29 @@ impl Tensor {
                 limit: rows + 1,
             });
         }
-        let row_elements: usize = self.shape[1..].iter().product();
         let mut shape = self.shape.clone();
         shape[0] = count;
-        Ok(Self { shape, offset: self.offset + start * row_elements, ..self.clone() })
+        Ok(Self { shape, offset: self.offset + start * self.pitch(), ..self.clone() })
+    }
+
+    /// Lets `write` have rows `start .. start + count` of the outermost dimension as a tensor of their own.
+    ///
+    /// # Errors
+    /// [`Error::Range`] when the rows are not all there; what `write` returns.
+    pub fn with_rows_mut<T>(
+        &mut self,
+        start: usize,
+        count: usize,
+        write: impl FnOnce(&mut Self) -> Result<T>,
+    ) -> Result<T> {
+        let part = self.slice_rows(start, count)?;
+        let (shape, offset) = (part.shape.clone(), part.offset);
+        drop(part);
+        // Moved, not shared: who writes must hold the only handle.
+        let whole = (std::mem::replace(&mut self.shape, shape), std::mem::replace(&mut self.offset, offset));
+        let outcome = write(self);
+        (self.shape, self.offset) = whole;
+        outcome
     }
 
     /// The elements of a host tensor.
@@ -226,8 +363,17 @@ impl Tensor {
     /// When `T` is not the tensor's element type: a fault of the calling kernel.
     pub fn as_slice<T: Scalar>(&self) -> &[T] {
         assert_eq!(T::DTYPE, self.dtype, "invariant: the kernel chose its type by dtype()");
+        assert!(self.part.is_none(), "invariant: only contiguous tensors are viewed as slices");
         let start = self.offset * self.dtype.bytes();
-        bytemuck::cast_slice(&self.buffer.bytes.as_slice()[start..start + self.byte_length()])
+        bytemuck::cast_slice(&self.host_bytes()[start..start + self.byte_length()])
+    }
+
+    /// The whole buffer of a host tensor.
+    fn host_bytes(&self) -> &[u8] {
+        match &self.buffer.memory {
+            Memory::Host(bytes) => bytes.as_slice(),
+            Memory::Remote { .. } => unreachable!("invariant: only host tensors are viewed as slices"),
+        }
     }
 
     /// The elements of a host tensor, to write.
@@ -239,24 +385,28 @@ impl Tensor {
         bytemuck::cast_slice_mut(self.bytes_mut())
     }
 
-    /// The memory of a host tensor, to be filled with elements in the machine's byte order.
-    ///
-    /// # Panics
-    /// When another handle shares the memory.
-    pub fn as_mut_bytes(&mut self) -> &mut [u8] {
-        self.bytes_mut()
-    }
-
     fn bytes_mut(&mut self) -> &mut [u8] {
+        assert!(self.part.is_none(), "invariant: only contiguous tensors are viewed as slices");
         let range = self.offset * self.dtype.bytes()..self.offset * self.dtype.bytes() + self.byte_length();
         let buffer =
             Arc::get_mut(&mut self.buffer).expect("invariant: only fresh or unique tensors are written");
-        &mut buffer.bytes.as_mut_slice()[range]
+        match &mut buffer.memory {
+            Memory::Host(bytes) => &mut bytes.as_mut_slice()[range],
+            Memory::Remote { .. } => unreachable!("invariant: only host tensors are viewed as slices"),
+        }
+    }
+
+    /// Whether both are in the same memory.
+    pub fn shares_memory(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.buffer, &other.buffer)
     }
 
     /// Whether no other handle shares the memory.
     pub fn is_unique(&self) -> bool {
-        Arc::strong_count(&self.buffer) == 1
+        match &self.part {
+            None => Arc::strong_count(&self.buffer) == 1,
+            Some(part) => part.is_unique(),
+        }
     }
 
     /// A handle that may be written: itself when unique, else a copy.
@@ -276,10 +426,27 @@ impl Tensor {
     /// [`Error::OutOfMemory`].
     pub fn copy(&self, category: Category) -> Result<Self> {
         let mut copy = Self::scratch(self.device(), category, self.dtype, &self.shape)?;
-        let start = self.offset * self.dtype.bytes();
-        let source = &self.buffer.bytes.as_slice()[start..start + self.byte_length()];
-        copy.bytes_mut().copy_from_slice(source);
+        copy.copy_bytes(0, self);
         Ok(copy)
+    }
+
+    /// Overwrites bytes from `start` by all of a tensor on the same device.
+    fn copy_bytes(&mut self, start: usize, source: &Self) {
+        if source.part.is_some() || self.part.is_some() {
+            return self.copy_pitched(start, source);
+        }
+        let length = source.byte_length();
+        match self.buffer.memory {
+            Memory::Host(_) => {
+                let first = source.offset * source.dtype.bytes();
+                let bytes = &source.host_bytes()[first..first + length];
+                self.bytes_mut()[start..start + length].copy_from_slice(bytes);
+            }
+            Memory::Remote { .. } => {
+                let target = self.address_mut() + start as u64;
+                self.device().remote().copy(source.address(), target, length);
+            }
+        }
     }
 
     /// Overwrites rows of the outermost dimension, from `start`, by those of `source`.
@@ -305,22 +472,42 @@ impl Tensor {
                 limit: rows + 1,
             });
         }
-        let row_bytes = row_elements * self.dtype.bytes();
-        let offset = source.offset * source.dtype.bytes();
-        let bytes = &source.buffer.bytes.as_slice()[offset..offset + source.byte_length()];
-        self.bytes_mut()[start * row_bytes..end * row_bytes].copy_from_slice(bytes);
+        self.copy_bytes(start * row_elements * self.dtype.bytes(), source);
         Ok(())
     }
 
-    /// All elements as f32 on the host.
-    pub fn to_f32_vec(&self) -> Vec<f32> {
-        match self.dtype {
-            DType::F32 => self.as_slice::<f32>().to_vec(),
-            DType::Bf16 => self.as_slice::<half::bf16>().iter().map(|value| value.to_f32()).collect(),
-            DType::F16 => self.as_slice::<half::f16>().iter().map(|value| value.to_f32()).collect(),
-            DType::U32 => self.as_slice::<u32>().iter().map(|&value| value as f32).collect(),
-            DType::I32 => self.as_slice::<i32>().iter().map(|&value| value as f32).collect(),
+    /// All elements, copied to the host; waits for a device that is still computing them.
+    ///
+    /// # Errors
+    /// [`Error::Driver`] when the device failed.
+    ///
+    /// # Panics
+    /// When `T` is not the tensor's element type.
+    pub fn to_vec<T: Scalar>(&self) -> Result<Vec<T>> {
+        if self.is_host() && self.part.is_none() {
+            return Ok(self.as_slice::<T>().to_vec());
         }
+        assert_eq!(T::DTYPE, self.dtype, "invariant: the caller chose its type by dtype()");
+        if self.part.is_some() {
+            return self.copy(Category::Workspace)?.to_vec();
+        }
+        let mut values = vec![T::zeroed(); self.elements()];
+        self.device().remote().download(self.address(), bytemuck::cast_slice_mut(&mut values))?;
+        Ok(values)
+    }
+
+    /// All elements as f32 on the host.
+    ///
+    /// # Errors
+    /// [`Error::Driver`] when the device failed.
+    pub fn to_f32_vec(&self) -> Result<Vec<f32>> {
+        Ok(match self.dtype {
+            DType::F32 => self.to_vec::<f32>()?,
+            DType::Bf16 => self.to_vec::<half::bf16>()?.iter().map(|value| value.to_f32()).collect(),
+            DType::F16 => self.to_vec::<half::f16>()?.iter().map(|value| value.to_f32()).collect(),
+            DType::U32 => self.to_vec::<u32>()?.iter().map(|&value| value as f32).collect(),
+            DType::I32 => self.to_vec::<i32>()?.iter().map(|&value| value as f32).collect(),
+        })
     }
 }
 

@@ -84,7 +84,7 @@ fn write_logits(decoder: &Decoder, path: &Path) -> Result<(), Box<dyn Error>> {
     let ids = random_ids(decoder.spec.vocabulary, STEPS);
     let run = TokenRun::documents(ids.clone(), &[LENGTH; ROWS]);
     let states = decoder.hidden(&Tape::off(), &run, Forward::default())?.into_tensor();
-    let logits = decoder.logits(&states)?.to_f32_vec();
+    let logits = decoder.logits(&states)?.to_f32_vec()?;
     let ids: Vec<u8> = ids.iter().flat_map(|&id| i64::from(id).to_le_bytes()).collect();
     let logits: Vec<u8> = logits.iter().flat_map(|value| value.to_le_bytes()).collect();
     let tensors = [

@@ -166,7 +166,7 @@ fn decoder_of(folder: &Path) -> (Decoder, Vec<u32>) {
 fn full_forward(decoder: &Decoder, ids: &[u32]) -> Vec<f32> {
     let states = decoder.hidden(&Tape::off(), &TokenRun::single(ids), Forward::default()).unwrap();
     let states: Tensor = states.into_tensor();
-    decoder.logits(&states.slice_rows(ids.len() - 1, 1).unwrap()).unwrap().to_f32_vec()
+    decoder.logits(&states.slice_rows(ids.len() - 1, 1).unwrap()).unwrap().to_f32_vec().unwrap()
 }
 
 /// Largest difference, in standard deviations of the expected values.

@@ -97,8 +97,8 @@ fn train(arguments: &TrainBench) -> anyhow::Result<ExitCode> {
     let value = serde_json::from_str(&text)
         .with_context(|| format!("`{}` is not JSON", arguments.config.display()))?;
     let config = Config::new(value)?;
-    let device = arguments.device.open();
-    let dtype = arguments.dtype.dtype();
+    let device = arguments.device.open()?;
+    let dtype = arguments.dtype.dtype(&device)?;
     let options = LoadOptions { dtype, train_all: arguments.full };
     let mut decoder = loader::random(&config, &device, options, 0)?;
     if !arguments.full {

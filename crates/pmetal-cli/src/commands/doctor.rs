@@ -3,9 +3,9 @@
 use std::process::ExitCode;
 
 use clap::Args;
-use pmetal::engine::device::SimdLevel;
+use pmetal::engine::device::{SimdLevel, cuda_libraries};
 
-use super::Precision;
+use super::{DeviceChoice, Precision};
 use crate::output;
 
 /// Arguments of `pmetal doctor`.
@@ -19,17 +19,34 @@ pub(crate) struct DoctorArguments {
 /// Prints what the program found and would use.
 pub(crate) fn run(arguments: DoctorArguments) -> anyhow::Result<ExitCode> {
     let memory = memory_bytes();
-    let facts = [
+    let device = DeviceChoice::Auto.open()?;
+    let mut facts = vec![
         ("version", env!("CARGO_PKG_VERSION").to_owned()),
         ("processor", processor()),
         ("architecture", std::env::consts::ARCH.to_owned()),
         ("threads", rayon::current_num_threads().to_string()),
         ("instructions", SimdLevel::current().name().to_owned()),
-        ("default precision", Precision::Auto.dtype().to_string()),
+        ("default precision", Precision::Auto.dtype(&device)?.to_string()),
         ("memory total", memory.map_or_else(|| "unknown".to_owned(), |m| output::bytes(m.0))),
         ("memory available", memory.map_or_else(|| "unknown".to_owned(), |m| output::bytes(m.1))),
-        ("device", "cpu".to_owned()),
+        ("device", format!("{} ({})", device.name(), device.description())),
     ];
+    if let Some((free, total)) = device.free_and_total_bytes()? {
+        facts.push(("device memory total", output::bytes(total)));
+        facts.push(("device memory free", output::bytes(free)));
+    }
+    for library in cuda_libraries() {
+        let path = library.path.as_ref().map(|path| path.display().to_string());
+        let version = library.version.map_or_else(String::new, |version| format!(" {version}"));
+        facts.push((
+            library.name,
+            match (path, library.problem) {
+                (_, Some(problem)) => problem,
+                (Some(path), None) => format!("{path}{version}"),
+                (None, None) => "found".to_owned(),
+            },
+        ));
+    }
     if arguments.json {
         let object: serde_json::Map<String, serde_json::Value> = facts
             .iter()

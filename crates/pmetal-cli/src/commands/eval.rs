@@ -46,7 +46,7 @@ pub(crate) struct EvalArguments {
 
 /// Scores the trained tokens of a dataset.
 pub(crate) fn run(arguments: EvalArguments) -> anyhow::Result<ExitCode> {
-    let device = arguments.device.open();
+    let device = arguments.device.open()?;
     let model = load_model(arguments.model.as_deref(), arguments.lora.as_deref(), &device, arguments.dtype)?;
     let mut layers = ConfigLayers::new();
     layers.flag("model", &model.source.to_string());

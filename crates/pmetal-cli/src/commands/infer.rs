@@ -125,7 +125,7 @@ pub(crate) fn load_model(
         (None, None) => None,
     };
     let source = ModelSource::parse(named.as_deref().unwrap_or(embedded::NAME));
-    let loaded = Model::load(&source, device, precision.dtype(), false);
+    let loaded = Model::load(&source, device, precision.dtype(device)?, false);
     let mut model = loaded.hint("--model takes a folder in Hugging Face layout or a .gguf file")?;
     if let Some(folder) = &folder {
         lora::load(&mut model.decoder, folder, false)?;
@@ -138,7 +138,7 @@ pub(crate) fn load_model(
 
 /// Generates, or chats until the input ends.
 pub(crate) fn run(arguments: InferArguments) -> anyhow::Result<ExitCode> {
-    let device = arguments.device.open();
+    let device = arguments.device.open()?;
     let model = load_model(arguments.model.as_deref(), arguments.lora.as_deref(), &device, arguments.dtype)?;
     let sampling = arguments.sampling(&model.text.generation.sampling)?;
     let prompt = match arguments.prompt.as_deref() {

@@ -10,8 +10,12 @@ pub(crate) mod train;
 pub(crate) mod verify;
 
 use anyhow::Context;
+use pmetal::core::device::activation_type;
 use pmetal::engine::device::SimdLevel;
 use pmetal::engine::{DType, Device};
+use pmetal::trainer::config;
+
+use crate::style;
 
 /// More threads than this are a slip of the keyboard.
 const MOST_THREADS: usize = 4096;
@@ -30,7 +34,7 @@ pub(crate) fn set_up_threads(threads: usize) -> anyhow::Result<()> {
 /// Element types of activations that flags name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub(crate) enum Precision {
-    /// bf16 where the processor multiplies it natively, else f32
+    /// bf16 where the device multiplies it natively, else f32
     Auto,
     /// 32-bit floats
     F32,
@@ -39,13 +43,14 @@ pub(crate) enum Precision {
 }
 
 impl Precision {
-    pub(crate) fn dtype(self) -> DType {
-        match self {
-            Self::F32 => DType::F32,
-            Self::Bf16 => DType::Bf16,
-            Self::Auto if SimdLevel::current().prefers_bf16() => DType::Bf16,
-            Self::Auto => DType::F32,
-        }
+    /// The type of activations on a device.
+    pub(crate) fn dtype(self, device: &Device) -> anyhow::Result<DType> {
+        let precision = match self {
+            Self::Auto => config::Precision::Auto,
+            Self::F32 => config::Precision::F32,
+            Self::Bf16 => config::Precision::Bf16,
+        };
+        Ok(activation_type(precision, device)?)
     }
 }
 
@@ -56,12 +61,27 @@ pub(crate) enum DeviceChoice {
     Auto,
     /// The processor
     Cpu,
+    /// An NVIDIA GPU
+    #[value(alias = "gpu")]
+    Cuda,
 }
 
 impl DeviceChoice {
-    pub(crate) fn open(self) -> Device {
-        match self {
-            Self::Auto | Self::Cpu => Device::cpu(),
-        }
+    pub(crate) fn open(self) -> anyhow::Result<Device> {
+        let choice = match self {
+            Self::Auto => config::DeviceChoice::Auto,
+            Self::Cpu => config::DeviceChoice::Cpu,
+            Self::Cuda => config::DeviceChoice::Cuda,
+        };
+        open_device(choice, false)
     }
+}
+
+/// Opens a device and says on stderr when a better one was passed over.
+pub(crate) fn open_device(choice: config::DeviceChoice, deterministic: bool) -> anyhow::Result<Device> {
+    let opened = pmetal::core::device::open_device(choice, deterministic)?;
+    if let Some(note) = &opened.note {
+        eprintln!("{} {note}", style::yellow("note:"));
+    }
+    Ok(opened.device)
 }

@@ -7,6 +7,7 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 
+use pmetal::Error;
 use pmetal::core::embedded;
 use pmetal::formats::atomic::RunLock;
 use pmetal::formats::fs::{Fs, RealFs};
@@ -14,7 +15,6 @@ use pmetal::trainer::artefacts;
 use pmetal::trainer::config::{ConfigLayers, ResolvedConfig};
 use pmetal::trainer::prepare::{self, Prepared};
 use pmetal::trainer::train_loop::{Event, Outcome, TrainingRun};
-use pmetal::{Error, engine::Device};
 
 pub(crate) use arguments::TrainArguments;
 
@@ -44,8 +44,7 @@ pub(crate) fn run(arguments: TrainArguments) -> anyhow::Result<ExitCode> {
         eprintln!("{} {note}", style::yellow("note:"));
     }
     super::set_up_threads(resolved.config().threads)?;
-    let device = Device::cpu();
-    prepare::check_device(resolved.config())?;
+    let device = super::open_device(resolved.config().device, resolved.config().deterministic)?;
     let prepared = prepare::prepare(&mut resolved, &device)?;
     let mut watcher = watch::Watcher::new(&arguments, resolved.config());
     watcher.header(&resolved, &prepared);

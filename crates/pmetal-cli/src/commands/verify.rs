@@ -37,9 +37,9 @@ pub(crate) struct VerifyArguments {
 pub(crate) fn run(arguments: VerifyArguments) -> anyhow::Result<ExitCode> {
     let mut missed = 0;
     for folder in &arguments.fixtures {
-        let device = arguments.device.open();
+        let device = arguments.device.open()?;
         let model = arguments.model.as_deref().unwrap_or(folder);
-        let outcome = verify_model(model, folder, &device, arguments.dtype.dtype());
+        let outcome = verify_model(model, folder, &device, arguments.dtype.dtype(&device)?);
         match (&outcome, arguments.json) {
             (Ok(report), true) => println!("{}", json(report)),
             (Ok(report), false) => print(report, arguments.all),

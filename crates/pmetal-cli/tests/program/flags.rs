@@ -146,7 +146,19 @@ fn cases() -> Vec<Case> {
         ),
         ("seed", &[], &["--seed", "1"], Adapter),
         ("dtype", &[], &["--dtype", "bf16"], Adapter),
-        ("device", &[], &["--device", "cuda"], Refused(2, &["device `cuda`", "only cpu"])),
+        ("device", &[], &["--device", "metal"], Refused(2, &["device `metal`", "only cpu and cuda"])),
+        (
+            "deterministic",
+            &[],
+            &["--deterministic"],
+            Folder(|s, _, o| runs_with(s, o, "deterministic = true")),
+        ),
+        (
+            "no_cuda_graph",
+            &[],
+            &["--no-cuda-graph"],
+            Folder(|s, _, o| runs_with(s, o, "no_cuda_graph = true")),
+        ),
         (
             "threads",
             &[],
@@ -154,6 +166,11 @@ fn cases() -> Vec<Case> {
             Folder(|s, _, changed| s.read(&format!("{changed}/env.json")).contains("\"threads\": 2")),
         ),
     ]
+}
+
+/// What only a GPU can show the effect of: that the run was configured with it.
+fn runs_with(sandbox: &Sandbox, output: &str, line: &str) -> bool {
+    sandbox.read(&format!("{output}/run.toml")).contains(line)
 }
 
 fn sandbox() -> Sandbox {

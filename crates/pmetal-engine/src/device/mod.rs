@@ -2,17 +2,20 @@
 
 pub mod cpu;
 pub(crate) mod gpu;
+mod mask;
 
 use std::sync::Arc;
 
+use crate::DType;
 use crate::error::Result;
-use crate::memory::MemoryTracker;
+use crate::memory::{Category, MemoryTracker};
 use crate::random::RandomKey;
-use crate::tensor::{AlignedBytes, Tensor};
+use crate::tensor::{Memory, Tensor};
 
 pub use cpu::attention::{AttentionParameters, Segment};
 pub use cpu::gemm::{Arithmetic, SimdLevel};
 pub use gpu::cuda::{CudaDevice, CudaLibrary, cuda_devices, cuda_libraries};
+pub use mask::AttentionMask;
 
 /// A handle to a device; clones share its memory counters.
 #[derive(Clone)]
@@ -21,7 +24,13 @@ pub struct Device(Arc<DeviceState>);
 struct DeviceState {
     kernels: Box<dyn Kernels>,
     memory: MemoryTracker,
-    pool: cpu::pool::Pool,
+    store: Store,
+}
+
+/// Where a device's tensors are.
+enum Store {
+    Host(cpu::pool::Pool),
+    Remote(Arc<dyn gpu::Runtime>),
 }
 
 impl Device {
@@ -30,7 +39,27 @@ impl Device {
         Self(Arc::new(DeviceState {
             kernels: Box::new(cpu::Cpu),
             memory: MemoryTracker::default(),
-            pool: cpu::pool::Pool::default(),
+            store: Store::Host(cpu::pool::Pool::default()),
+        }))
+    }
+
+    /// An NVIDIA GPU, by its number from 0.
+    ///
+    /// # Errors
+    /// [`crate::Error::Unsupported`] that names each library missing and how to get it; [`crate::Error::Driver`] where
+    /// the driver fails.
+    pub fn cuda(ordinal: usize, deterministic: bool) -> Result<Self> {
+        let environment = gpu::cuda::CudaOptions::from_environment();
+        let options = gpu::cuda::CudaOptions { ordinal, deterministic, ..environment };
+        Ok(Self::gpu(Arc::new(gpu::cuda::Cuda::open(&options)?)))
+    }
+
+    /// A GPU behind its driver.
+    pub(crate) fn gpu(runtime: Arc<dyn gpu::Runtime>) -> Self {
+        Self(Arc::new(DeviceState {
+            kernels: Box::new(gpu::Gpu::new(Arc::clone(&runtime))),
+            memory: MemoryTracker::default(),
+            store: Store::Remote(runtime),
         }))
     }
 
@@ -49,12 +78,108 @@ impl Device {
         self.0.kernels.name()
     }
 
-    pub(crate) fn allocate(&self, bytes: usize) -> Option<AlignedBytes> {
-        self.0.pool.take(bytes)
+    /// What the device is called, such as `NVIDIA H200`.
+    pub fn description(&self) -> &str {
+        match &self.0.store {
+            Store::Host(_) => "the processor",
+            Store::Remote(runtime) => runtime.description(),
+        }
     }
 
-    pub(crate) fn recycle(&self, bytes: AlignedBytes) {
-        self.0.pool.give(bytes);
+    /// Free and total bytes of a device's own memory, over all processes; `None` for a CPU.
+    ///
+    /// # Errors
+    /// [`crate::Error::Driver`] where the driver does not tell.
+    pub fn free_and_total_bytes(&self) -> Result<Option<(usize, usize)>> {
+        match &self.0.store {
+            Store::Host(_) => Ok(None),
+            Store::Remote(runtime) => runtime.memory().map(Some),
+        }
+    }
+
+    /// Whether it multiplies bf16 at its full rate.
+    pub fn has_bf16(&self) -> bool {
+        match &self.0.store {
+            Store::Host(_) => SimdLevel::current().prefers_bf16(),
+            Store::Remote(runtime) => runtime.has_bf16(),
+        }
+    }
+
+    /// Records what `work` asks of the device instead of doing it; `None` where the device cannot. Everything that it
+    /// reads must have been computed before, and must keep its memory while the recording is replayed: run the work once
+    /// without recording first. What it allocates belongs to the recording.
+    ///
+    /// # Errors
+    /// What `work` returns; [`crate::Error::Driver`] when it asked for something that cannot be recorded, such as a copy
+    /// from or to the host.
+    pub fn record<T, E: From<crate::Error>>(
+        &self,
+        work: impl FnOnce() -> std::result::Result<T, E>,
+    ) -> std::result::Result<Option<(Recording, T)>, E> {
+        let Store::Remote(runtime) = &self.0.store else { return Ok(None) };
+        if !runtime.begin_recording()? {
+            return Ok(None);
+        }
+        let outcome = work();
+        let replay = runtime.end_recording();
+        let outcome = outcome?;
+        Ok(Some((Recording(replay?), outcome)))
+    }
+
+    /// Whether tensors are in the program's own memory.
+    pub fn is_host(&self) -> bool {
+        matches!(self.0.store, Store::Host(_))
+    }
+
+    /// Waits until everything that was asked of the device is done.
+    ///
+    /// # Errors
+    /// [`crate::Error::Driver`] when any of it failed.
+    pub fn synchronize(&self) -> Result<()> {
+        match &self.0.store {
+            Store::Host(_) => Ok(()),
+            Store::Remote(runtime) => runtime.synchronize(),
+        }
+    }
+
+    pub(crate) fn remote(&self) -> &dyn gpu::Runtime {
+        match &self.0.store {
+            Store::Remote(runtime) => runtime.as_ref(),
+            Store::Host(_) => unreachable!("invariant: host tensors are read and written in place"),
+        }
+    }
+
+    pub(crate) fn allocate(&self, bytes: usize) -> Option<Memory> {
+        match &self.0.store {
+            Store::Host(pool) => pool.take(bytes).map(Memory::Host),
+            Store::Remote(runtime) => {
+                runtime.allocate(bytes).map(|address| Memory::Remote { address, bytes })
+            }
+        }
+    }
+
+    pub(crate) fn recycle(&self, memory: Memory) {
+        match (&self.0.store, memory) {
+            (Store::Host(pool), Memory::Host(bytes)) => pool.give(bytes),
+            (Store::Remote(runtime), Memory::Remote { address, bytes }) => runtime.free(address, bytes),
+            // What `Buffer::drop` leaves in the place of what it gives back.
+            (_, Memory::Host(_)) | (Store::Host(_), Memory::Remote { .. }) => {}
+        }
+    }
+}
+
+/// Work of a device that can be repeated at once; see [`Device::record`].
+pub struct Recording(Box<dyn gpu::runtime::Replay>);
+
+impl Recording {
+    /// Asks the device to do it once more, on the same memory.
+    pub fn replay(&self) {
+        self.0.replay();
+    }
+
+    /// How many operations it repeats.
+    pub fn operations(&self) -> usize {
+        self.0.operations()
     }
 }
 
@@ -94,17 +219,19 @@ pub struct Finish<'a> {
     pub bias: Option<&'a Tensor>,
     /// Whether to add to what the output holds instead of replacing it.
     pub accumulate: bool,
+    /// Added to the result, in the output's shape and type; not together with `accumulate`.
+    pub residual: Option<&'a Tensor>,
 }
 
 impl Finish<'_> {
     /// Store the product itself.
-    pub const STORE: Self = Self { scale: 1.0, bias: None, accumulate: false };
+    pub const STORE: Self = Self { scale: 1.0, bias: None, accumulate: false, residual: None };
     /// Add the product to what the output holds.
-    pub const ACCUMULATE: Self = Self { scale: 1.0, bias: None, accumulate: true };
+    pub const ACCUMULATE: Self = Self { accumulate: true, ..Self::STORE };
 
     /// Store `scale` times the product.
     pub fn scaled(scale: f32) -> Self {
-        Self { scale, bias: None, accumulate: false }
+        Self { scale, ..Self::STORE }
     }
 }
 
@@ -135,6 +262,38 @@ pub enum RopePairing {
     Neighbours,
 }
 
+/// A number that is summed up on the device and read when it is needed.
+#[derive(Debug)]
+pub struct Sum {
+    /// What the host has added.
+    pub(crate) host: f64,
+    /// What a device has added: f32 \[1\].
+    pub(crate) device: Option<Tensor>,
+}
+
+impl Sum {
+    /// Zero.
+    ///
+    /// # Errors
+    /// Out of memory.
+    pub fn new(device: &Device) -> Result<Self> {
+        let zero = || Tensor::zeros(device, Category::Workspace, DType::F32, &[1]);
+        Ok(Self { host: 0.0, device: if device.is_host() { None } else { Some(zero()?) } })
+    }
+
+    /// The sum; waits for the device.
+    ///
+    /// # Errors
+    /// [`crate::Error::Driver`] when the device failed.
+    pub fn read(&self) -> Result<f64> {
+        let remote = match &self.device {
+            Some(tensor) => f64::from(tensor.to_vec::<f32>()?[0]),
+            None => 0.0,
+        };
+        Ok(self.host + remote)
+    }
+}
+
 /// Constants of a cross-entropy over logits.
 #[derive(Debug, Clone, Copy)]
 pub struct CrossEntropyParameters {
@@ -161,8 +320,85 @@ pub struct AdamWParameters {
     pub weight_decay: f64,
     /// Number of this step, from 1.
     pub step: u32,
-    /// Factor on every gradient: clipping.
+    /// Factor on every gradient, clipping not included.
     pub gradient_scale: f32,
+    /// Largest 2-norm of all gradients together, after the factor; 0 = no clipping.
+    pub max_norm: f64,
+}
+
+impl AdamWParameters {
+    /// What gradients are multiplied by, clipping included, given the sum of their squares; `None` when that is not
+    /// finite. As `clip_grad_norm_` of PyTorch, whose denominator carries 1e-6.
+    pub fn clipped_scale(&self, squares: Option<f64>) -> Option<f32> {
+        let Some(squares) = squares else { return Some(self.gradient_scale) };
+        if !squares.is_finite() {
+            return None;
+        }
+        let norm = squares.sqrt() * f64::from(self.gradient_scale);
+        let clip = if self.max_norm > 0.0 { (self.max_norm / (norm + 1e-6)).min(1.0) } else { 1.0 };
+        Some((f64::from(self.gradient_scale) * clip) as f32)
+    }
+}
+
+/// The constants of an optimizer step where the device's kernels find them.
+#[derive(Debug)]
+pub struct AdamWControl {
+    pub(crate) constants: AdamWParameters,
+    /// The same for devices: f32, in the order that the kernel states.
+    pub(crate) device: Option<Tensor>,
+}
+
+impl AdamWControl {
+    /// Constants for a device.
+    ///
+    /// # Errors
+    /// Out of memory.
+    pub fn new(device: &Device, constants: AdamWParameters) -> Result<Self> {
+        let device = if device.is_host() {
+            None
+        } else {
+            let values = gpu::control_values(&constants);
+            Some(Tensor::from_slice(device, Category::Workspace, &[values.len()], &values)?)
+        };
+        Ok(Self { constants, device })
+    }
+
+    /// Replaces the constants, in the same memory.
+    pub fn set(&mut self, constants: AdamWParameters) {
+        self.constants = constants;
+        if let Some(tensor) = &mut self.device {
+            tensor.write_bytes(bytemuck::cast_slice(&gpu::control_values(&constants)));
+        }
+    }
+}
+
+/// One tensor of an optimizer step; all are f32 of one shape.
+pub struct AdamWEntry<'a> {
+    /// What is trained.
+    pub value: &'a mut Tensor,
+    /// Its gradient, which becomes zero on devices other than the CPU.
+    pub gradient: &'a mut Tensor,
+    /// Running mean of gradients.
+    pub first: &'a mut Tensor,
+    /// Running mean of squared gradients.
+    pub second: &'a mut Tensor,
+    /// Whether weight decay applies.
+    pub decays: bool,
+    /// A copy of the value in the type of products, where there is one.
+    pub shadow: Option<&'a mut Tensor>,
+}
+
+/// Rotary angles: cosines and sines f32 \[P, half\], and for each token, u32 \[T\], its row of these.
+#[derive(Clone, Copy)]
+pub struct RopeRows<'a> {
+    /// Cosines.
+    pub cosines: &'a Tensor,
+    /// Sines.
+    pub sines: &'a Tensor,
+    /// Row of each token.
+    pub rows: &'a Tensor,
+    /// Which elements are rotated together.
+    pub pairing: RopePairing,
 }
 
 /// The kernels of one device. Outputs are allocated by the caller; every element of an output is written
@@ -213,14 +449,14 @@ pub trait Kernels: Send + Sync {
     );
 
     /// Rotates the first `2 * cosines.columns()` elements of every head in place; `inverse` turns back.
-    fn rope(&self, x: &mut Tensor, cosines: &Tensor, sines: &Tensor, pairing: RopePairing, inverse: bool);
+    fn rope(&self, x: &mut Tensor, angles: &RopeRows<'_>, inverse: bool);
 
     /// Attention with a softmax that is never stored; see [`AttentionParameters`].
     #[allow(clippy::too_many_arguments)]
     fn attention(
         &self,
         parameters: &AttentionParameters,
-        segments: &[Segment],
+        mask: &AttentionMask,
         q: &Tensor,
         k: &Tensor,
         v: &Tensor,
@@ -234,7 +470,7 @@ pub trait Kernels: Send + Sync {
     fn attention_backward(
         &self,
         parameters: &AttentionParameters,
-        segments: &[Segment],
+        mask: &AttentionMask,
         inputs: [&Tensor; 3],
         sinks: Option<&Tensor>,
         out: &Tensor,
@@ -274,25 +510,34 @@ pub trait Kernels: Send + Sync {
     /// The mask is a pure function of the key and the element's index.
     fn dropout(&self, x: &Tensor, probability: f32, key: RandomKey, out: &mut Tensor, accumulate: bool);
 
-    /// Copies rows `indices` of `x` to `out`.
-    fn gather_rows(&self, x: &Tensor, indices: &[u32], out: &mut Tensor);
+    /// Overwrites element i by `bound * (2 u - 1)` with the key's i-th uniform number u.
+    fn uniform(&self, key: RandomKey, bound: f32, out: &mut Tensor);
+
+    /// Copies rows `indices`, u32, of `x` to `out`.
+    fn gather_rows(&self, x: &Tensor, indices: &Tensor, out: &mut Tensor);
 
     /// Writes row i of `x` to row `indices[i]` of `out`; other rows stay.
-    fn scatter_rows(&self, x: &Tensor, indices: &[u32], out: &mut Tensor);
+    fn scatter_rows(&self, x: &Tensor, indices: &Tensor, out: &mut Tensor);
 
-    /// Replaces f32 logits \[t, V\] by their gradient and returns the sum of the losses, in nats.
-    fn cross_entropy(&self, logits: &mut Tensor, labels: &[u32], parameters: &CrossEntropyParameters) -> f64;
-
-    /// Sum of squares of an f32 tensor, accumulated in f64.
-    fn sum_of_squares(&self, x: &Tensor) -> f64;
-
-    /// One AdamW step on f32 tensors of the same shape.
-    fn adamw(
+    /// Turns f32 logits \[t, V\] into their gradient, in their memory, and adds the losses, in nats, to `sum`. Labels are
+    /// i32 \[t\]; rows with -100 get no gradient and add nothing. `gradient` is the type that products will read; a
+    /// device may ignore it.
+    ///
+    /// # Errors
+    /// Out of memory.
+    fn cross_entropy(
         &self,
-        parameters: &AdamWParameters,
-        value: &mut Tensor,
-        gradient: &Tensor,
-        first_moment: &mut Tensor,
-        second_moment: &mut Tensor,
-    );
+        logits: Tensor,
+        labels: &Tensor,
+        parameters: &CrossEntropyParameters,
+        sum: &mut Sum,
+        gradient: DType,
+    ) -> Result<Tensor>;
+
+    /// Adds the squares of all elements of f32 tensors to `sum`.
+    fn sum_of_squares(&self, tensors: &[&Tensor], sum: &mut Sum);
+
+    /// One AdamW step. `squares` is the sum of squares of all gradients, before any factor; where it is not finite,
+    /// nothing changes. `None` = no clipping.
+    fn adamw(&self, entries: &mut [AdamWEntry<'_>], control: &AdamWControl, squares: Option<&Sum>);
 }

@@ -1,8 +1,6 @@
 //! Scaled dot-product attention.
 
-use std::sync::Arc;
-
-use crate::device::{AttentionParameters, Segment};
+use crate::device::{AttentionMask, AttentionParameters};
 use crate::error::{Error, Result, expect_dtype, expect_shape};
 use crate::memory::Category;
 use crate::{DType, Tape, Tensor, Var, Weight};
@@ -16,15 +14,30 @@ use crate::{DType, Tape, Tensor, Var, Weight};
 /// Tokens of no segment get zeros and give none. A segment's queries are the last of its keys.
 ///
 /// # Errors
-/// [`Error::Shape`] or [`Error::DType`] when an input disagrees with the parameters or with `q`; [`Error::Range`]
-/// for a segment that is not within the inputs; [`Error::Unsupported`] for heads that cannot be grouped and for an
+/// [`Error::Shape`] or [`Error::DType`] when an input disagrees with the parameters or with `q`; [`Error::Other`]
+/// for a mask of other rows; [`Error::Unsupported`] for heads that cannot be grouped and for an
 /// empty window; out of memory.
 pub fn attention(
     tape: &Tape,
     parameters: &AttentionParameters,
-    segments: &Arc<[Segment]>,
+    mask: &AttentionMask,
     inputs: [&Var; 3],
     sinks: Option<&Weight>,
+) -> Result<Var> {
+    attention_with_spare(tape, parameters, mask, inputs, sinks, 0)
+}
+
+/// [`attention`] with room for more columns in the rows of the result; see [`Tensor::scratch_with_spare`].
+///
+/// # Errors
+/// As [`attention`].
+pub fn attention_with_spare(
+    tape: &Tape,
+    parameters: &AttentionParameters,
+    mask: &AttentionMask,
+    inputs: [&Var; 3],
+    sinks: Option<&Weight>,
+    spare: usize,
 ) -> Result<Var> {
     let [q, k, v] = inputs.map(|var| var.tensor().clone());
     let [tokens, keys] = [&q, &k].map(|tensor| tensor.shape().first().copied().unwrap_or(1));
@@ -36,32 +49,38 @@ pub fn attention(
         expect_dtype("attention", name, tensor.dtype(), q.dtype())?;
     }
     check_parameters(parameters, q.device().name())?;
-    check_segments(segments, tokens, keys)?;
+    let rows = |[queries, keys]: [usize; 2]| format!("{queries} queries and {keys} keys");
+    if mask.tokens != [tokens, keys] {
+        let (mask, given) = (rows(mask.tokens), rows([tokens, keys]));
+        return Err(Error::Other(format!("attention: the mask is for {mask}, there are {given}")));
+    }
     if let Some(sinks) = sinks {
         expect_shape("attention", "sinks", &sinks.shape(), &[parameters.query_heads])?;
     }
     let device = q.device().clone();
     let out_shape = [tokens, parameters.query_heads, parameters.value_width];
-    let mut out = Tensor::scratch(&device, Category::Activations, q.dtype(), &out_shape)?;
+    let row = parameters.query_heads * parameters.value_width;
+    let mut out =
+        Tensor::scratch_with_spare(&device, Category::Activations, q.dtype(), [tokens, row], spare)?
+            .reshape(&out_shape)?;
     let mut log_sum_exp = Tensor::scratch(&device, Category::Activations, DType::F32, &out_shape[..2])?;
     let sink_values = sinks.map(Weight::value);
     let kernels = device.kernels();
-    kernels.attention(parameters, segments, &q, &k, &v, sink_values.as_ref(), &mut out, &mut log_sum_exp);
+    kernels.attention(parameters, mask, &q, &k, &v, sink_values.as_ref(), &mut out, &mut log_sum_exp);
 
     let slots = inputs.map(Var::slot);
     let sink_parameter = sinks.and_then(Weight::parameter).cloned();
     let wanted = slots.iter().any(Option::is_some) || sink_parameter.is_some();
-    let (parameters, segments, kept_out) = (*parameters, Arc::clone(segments), out.clone());
+    let (parameters, mask, kept_out) = (*parameters, mask.clone(), out.clone());
     Ok(tape.push(out, wanted, |slot| {
         Box::new(move |gradients| {
             let Some(d_out) = gradients.take(slot) else { return Ok(()) };
-            let like = |x: &Tensor| Tensor::scratch(x.device(), Category::Activations, x.dtype(), x.shape());
-            let (mut d_q, mut d_k, mut d_v) = (like(&q)?, like(&k)?, like(&v)?);
+            let [mut d_q, mut d_k, mut d_v] = Tensor::scratch_alike(Category::Activations, [&q, &k, &v])?;
             let d_out = d_out.reshape(kept_out.shape())?;
             let mut run = |d_sinks: Option<&mut Tensor>| {
                 device.kernels().attention_backward(
                     &parameters,
-                    &segments,
+                    &mask,
                     [&q, &k, &v],
                     sink_values.as_ref(),
                     &kept_out,
@@ -97,20 +116,4 @@ fn check_parameters(parameters: &AttentionParameters, device: &'static str) -> R
         (_, Some(0)) => refuse("chunks of 0 keys see nothing".to_owned()),
         _ => Ok(()),
     }
-}
-
-fn check_segments(segments: &[Segment], tokens: usize, keys: usize) -> Result<()> {
-    for segment in segments {
-        let bounds = [
-            ("end of a segment's queries", segment.query_start.saturating_add(segment.query_length), tokens),
-            ("end of a segment's keys", segment.key_start.saturating_add(segment.key_length), keys),
-            ("number of a segment's queries", segment.query_length, segment.key_length),
-        ];
-        for (what, actual, most) in bounds {
-            if actual > most {
-                return Err(Error::Range { operation: "attention", what, actual, limit: most + 1 });
-            }
-        }
-    }
-    Ok(())
 }

@@ -10,7 +10,8 @@ use crate::{DType, Tape, Tensor, Var, Weight};
 /// gets none, as with PyTorch's `padding_idx`.
 ///
 /// # Errors
-/// [`Error::Range`] for an id that is not below V; [`Error::DType`] for ids that are not u32; out of memory.
+/// [`Error::Range`] for an id that is not below V, which ids in a device's memory must have been checked for by
+/// [`check_ids`]; [`Error::DType`] for ids that are not u32; out of memory.
 pub fn embedding(
     tape: &Tape,
     ids: &Tensor,
@@ -22,13 +23,8 @@ pub fn embedding(
     expect_dtype("embedding", "ids", ids.dtype(), DType::U32)?;
     let value = table.value();
     let (vocabulary, width) = (value.rows(), value.columns());
-    if let Some(&id) = ids.as_slice::<u32>().iter().find(|&&id| id as usize >= vocabulary) {
-        return Err(Error::Range {
-            operation: "embedding",
-            what: "token id",
-            actual: id as usize,
-            limit: vocabulary,
-        });
+    if ids.is_host() {
+        check_ids(ids.as_slice(), vocabulary)?;
     }
     let device = value.device().clone();
     let mut out = Tensor::scratch(&device, Category::Activations, dtype, &[ids.elements(), width])?;
@@ -46,4 +42,20 @@ pub fn embedding(
             })
         })
     }))
+}
+
+/// Checks that all ids are rows of a table.
+///
+/// # Errors
+/// [`Error::Range`] for the first that is not below `vocabulary`.
+pub fn check_ids(ids: &[u32], vocabulary: usize) -> Result<()> {
+    match ids.iter().find(|&&id| id as usize >= vocabulary) {
+        None => Ok(()),
+        Some(&id) => Err(Error::Range {
+            operation: "embedding",
+            what: "token id",
+            actual: id as usize,
+            limit: vocabulary,
+        }),
+    }
 }

@@ -13,25 +13,43 @@ use crate::{Tape, Tensor, Var};
 /// # Errors
 /// [`crate::Error::Shape`] or [`crate::Error::DType`] when the two inputs differ; out of memory.
 pub fn gated(tape: &Tape, activation: GateActivation, gate: &Var, up: &Var) -> Result<Var> {
+    gated_with_spare(tape, activation, gate, up, 0)
+}
+
+/// [`gated`] with room for more columns in the rows of the result; see [`Tensor::scratch_with_spare`].
+///
+/// # Errors
+/// As [`gated`].
+pub fn gated_with_spare(
+    tape: &Tape,
+    activation: GateActivation,
+    gate: &Var,
+    up: &Var,
+    spare: usize,
+) -> Result<Var> {
     expect_shape("gated", "up", up.tensor().shape(), gate.tensor().shape())?;
     expect_dtype("gated", "up", up.tensor().dtype(), gate.tensor().dtype())?;
     let (gate_value, up_value) = (gate.tensor().clone(), up.tensor().clone());
     let device = gate_value.device().clone();
     let compute = {
         let (gate, up, device) = (gate_value.clone(), up_value.clone(), device.clone());
-        move || -> Result<Tensor> {
-            let mut out = Tensor::scratch(&device, Category::Activations, gate.dtype(), gate.shape())?;
+        move |spare: usize| -> Result<Tensor> {
+            let (rows, category) = ([gate.rows(), gate.columns()], Category::Activations);
+            let mut out = match spare {
+                0 => Tensor::scratch(&device, category, gate.dtype(), gate.shape())?,
+                _ => Tensor::scratch_with_spare(&device, category, gate.dtype(), rows, spare)?,
+            };
             device.kernels().gated(activation, &gate, &up, &mut out);
             Ok(out)
         }
     };
-    let out = compute()?;
+    let out = compute(spare)?;
     let slots = [gate.slot(), up.slot()];
     let var = tape.push(out, slots.iter().any(Option::is_some), |slot| {
         Box::new(move |gradients| {
             let Some(d_out) = gradients.take(slot) else { return Ok(()) };
-            let like = |x: &Tensor| Tensor::scratch(&device, Category::Activations, x.dtype(), x.shape());
-            let (mut d_gate, mut d_up) = (like(&gate_value)?, like(&up_value)?);
+            let [mut d_gate, mut d_up] =
+                Tensor::scratch_alike(Category::Activations, [&gate_value, &up_value])?;
             let kernels = device.kernels();
             kernels.gated_backward(activation, &gate_value, &up_value, &d_out, &mut d_gate, &mut d_up);
             drop(d_out);
@@ -43,5 +61,5 @@ pub fn gated(tape: &Tape, activation: GateActivation, gate: &Var, up: &Var) -> R
             Ok(())
         })
     });
-    Ok(tape.with_recipe(var, compute))
+    Ok(tape.with_recipe(var, move || compute(0)))
 }

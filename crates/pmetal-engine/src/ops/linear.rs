@@ -35,6 +35,13 @@ pub struct Lora {
     pub stream: u32,
 }
 
+impl Lora {
+    /// Whether either half is trained.
+    pub(super) fn is_trained(&self) -> bool {
+        self.a.parameter().is_some() || self.b.parameter().is_some()
+    }
+}
+
 /// Where dropout takes its randomness from; absent outside training.
 #[derive(Debug, Clone, Copy)]
 pub struct Dropout {
@@ -98,21 +105,14 @@ pub fn linear(tape: &Tape, x: &Var, layer: &Linear, options: LinearOptions<'_>) 
     let arithmetic = arithmetic_for(input.dtype());
     let record = layer.lora.as_ref().map(|lora| reduce(lora, &input, options.dropout)).transpose()?;
 
-    let mut out = match options.residual {
-        Some(residual) => {
-            expect_shape("linear", "residual", residual.tensor().shape(), &[tokens, features])?;
-            expect_dtype("linear", "residual", residual.tensor().dtype(), input.dtype())?;
-            residual.tensor().copy(Category::Activations)?
-        }
-        None => Tensor::scratch(&device, Category::Activations, input.dtype(), &[tokens, features])?,
-    };
+    let residual = check_residual(&options, &input, features)?;
+    let mut out = Tensor::scratch(&device, Category::Activations, input.dtype(), &[tokens, features])?;
     let bias = layer.bias.as_ref().map(Weight::value);
     if let Some(bias) = &bias {
         expect_shape("linear", "bias", bias.shape(), &[features])?;
     }
     let bias = bias.map(|bias| scaled(bias, options.scale)).transpose()?;
-    let accumulate = options.residual.is_some();
-    let finish = Finish { scale: options.scale, bias: bias.as_ref(), accumulate };
+    let finish = Finish { scale: options.scale, bias: bias.as_ref(), accumulate: false, residual };
     let mut products = vec![(Operand::plain(&input), Operand::transposed(&weight))];
     let b = record.as_ref().map(|record| record.lora.b.value());
     if let (Some(record), Some(b)) = (&record, &b) {
@@ -141,8 +141,20 @@ pub fn linear(tape: &Tape, x: &Var, layer: &Linear, options: LinearOptions<'_>) 
     Ok(tape.push(out, wanted, |slot| Box::new(move |gradients| node.backward(gradients, slot))))
 }
 
+/// The residual of a product of `input` with some features.
+pub(super) fn check_residual<'a>(
+    options: &LinearOptions<'a>,
+    input: &Tensor,
+    features: usize,
+) -> Result<Option<&'a Tensor>> {
+    let Some(residual) = options.residual.map(Var::tensor) else { return Ok(None) };
+    expect_shape("linear", "residual", residual.shape(), &[input.rows(), features])?;
+    expect_dtype("linear", "residual", residual.dtype(), input.dtype())?;
+    Ok(Some(residual))
+}
+
 /// Tokens of an input whose last sizes make up `width`.
-fn token_count(shape: &[usize], width: usize) -> Result<usize> {
+pub(super) fn token_count(shape: &[usize], width: usize) -> Result<usize> {
     let outer = |count: usize| shape[..shape.len().saturating_sub(count)].iter().product();
     let inner = |count: usize| shape[shape.len().saturating_sub(count)..].iter().product::<usize>();
     (1..=shape.len().saturating_sub(1).clamp(1, 2))
@@ -298,7 +310,7 @@ impl Node {
         let mask =
             self.record.as_ref().and_then(|record| record.dropout.map(|key| (key, record.lora.dropout)));
         gradients.add_with(slot, (d_out, &self.input_shape), |d_input, accumulate| {
-            let finish = Finish { scale: self.scale, bias: None, accumulate };
+            let finish = Finish { scale: self.scale, accumulate, ..Finish::STORE };
             let main = (Operand::plain(d_out), Operand::plain(&weight));
             let adapter = d_reduced.zip(a.as_ref()).map(|(d, a)| (Operand::plain(d), Operand::plain(a)));
             match (adapter, mask) {

@@ -5,6 +5,7 @@ mod attention;
 mod embedding;
 mod gated;
 mod linear;
+mod linear_group;
 mod loss;
 mod norm;
 mod optimizer;
@@ -12,11 +13,12 @@ mod rope;
 #[cfg(test)]
 mod tests;
 
-pub use attention::attention;
-pub use embedding::embedding;
-pub use gated::gated;
+pub use attention::{attention, attention_with_spare};
+pub use embedding::{check_ids, embedding};
+pub use gated::{gated, gated_with_spare};
 pub use linear::{Dropout, Linear, LinearOptions, Lora, linear, project};
-pub use loss::{CrossEntropy, LOGIT_CHUNK_BYTES, linear_cross_entropy, logit_chunk_rows};
-pub use norm::rms_norm;
-pub use optimizer::{AdamWState, adamw_step, global_norm};
+pub use linear_group::{LinearGroup, linear_group};
+pub use loss::{CrossEntropy, LOGIT_CHUNK_BYTES, Targets, linear_cross_entropy, logit_chunk_rows};
+pub use norm::{rms_norm, rms_norm_with_spare};
+pub use optimizer::{AdamWState, adamw, adamw_step, global_norm, sum_of_squares};
 pub use rope::{RopeTable, rope};

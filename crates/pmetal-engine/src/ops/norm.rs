@@ -19,6 +19,21 @@ pub fn rms_norm(
     kind: NormWeight,
     epsilon: f32,
 ) -> Result<Var> {
+    rms_norm_with_spare(tape, x, weight, kind, epsilon, 0)
+}
+
+/// [`rms_norm`] with room for more columns in the rows of the result; see [`Tensor::scratch_with_spare`].
+///
+/// # Errors
+/// As [`rms_norm`].
+pub fn rms_norm_with_spare(
+    tape: &Tape,
+    x: &Var,
+    weight: Option<&Weight>,
+    kind: NormWeight,
+    epsilon: f32,
+    spare: usize,
+) -> Result<Var> {
     let input = x.tensor().clone();
     let value = weight.map(Weight::value);
     if let Some(value) = &value {
@@ -27,13 +42,18 @@ pub fn rms_norm(
     let device = input.device().clone();
     let compute = {
         let (input, value, device) = (input.clone(), value.clone(), device.clone());
-        move || -> Result<Tensor> {
-            let mut out = Tensor::scratch(&device, Category::Activations, input.dtype(), input.shape())?;
+        move |spare: usize| -> Result<Tensor> {
+            let rows = [input.rows(), input.columns()];
+            let category = Category::Activations;
+            let mut out = match spare {
+                0 => Tensor::scratch(&device, category, input.dtype(), input.shape())?,
+                _ => Tensor::scratch_with_spare(&device, category, input.dtype(), rows, spare)?,
+            };
             device.kernels().rms_norm(&input, value.as_ref(), kind, epsilon, &mut out);
             Ok(out)
         }
     };
-    let out = compute()?;
+    let out = compute(spare)?;
     let parameter = weight.and_then(Weight::parameter).cloned();
     let input_slot = x.slot();
     let wanted = input_slot.is_some() || parameter.is_some();
@@ -57,5 +77,5 @@ pub fn rms_norm(
             })
         })
     });
-    Ok(tape.with_recipe(var, compute))
+    Ok(tape.with_recipe(var, move || compute(0)))
 }

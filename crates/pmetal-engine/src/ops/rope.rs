@@ -1,20 +1,22 @@
 //! Rotary position embedding.
 
-use crate::device::RopePairing;
+use crate::device::{RopePairing, RopeRows};
 use crate::error::{Error, Result, expect_shape};
 use crate::memory::Category;
 use crate::{Device, Tape, Tensor, Var};
 
-/// Cosines and sines of each token's angles, f32 \[T, rotated width / 2\], any attention factor included.
+/// Cosines and sines of angles, f32 \[P, rotated width / 2\], any attention factor included, and each token's row.
 #[derive(Debug, Clone)]
 pub struct RopeTable {
     cosines: Tensor,
     sines: Tensor,
+    /// u32 \[T\].
+    rows: Tensor,
     pairing: RopePairing,
 }
 
 impl RopeTable {
-    /// A table from row-major values.
+    /// A table of one row per token, from row-major values.
     ///
     /// # Errors
     /// [`crate::Error::Shape`] when the lengths are not tokens x half; out of memory.
@@ -27,7 +29,56 @@ impl RopeTable {
         pairing: RopePairing,
     ) -> Result<Self> {
         let upload = |values| Tensor::from_slice(device, Category::Workspace, &[tokens, half], values);
-        Ok(Self { cosines: upload(cosines)?, sines: upload(sines)?, pairing })
+        let each: Vec<u32> = (0..tokens as u32).collect();
+        let rows = Tensor::from_slice(device, Category::Workspace, &[tokens], &each)?;
+        Ok(Self { cosines: upload(cosines)?, sines: upload(sines)?, rows, pairing })
+    }
+
+    /// A table whose row for token t is `rows[t]`.
+    ///
+    /// # Errors
+    /// [`crate::Error::Range`] for a row that is not there; out of memory.
+    pub fn indexed(cosines: &Tensor, sines: &Tensor, rows: &[u32], pairing: RopePairing) -> Result<Self> {
+        check_rows(rows, cosines.rows())?;
+        let tensor = Tensor::from_slice(cosines.device(), Category::Workspace, &[rows.len()], rows)?;
+        Ok(Self { cosines: cosines.clone(), sines: sines.clone(), rows: tensor, pairing })
+    }
+
+    /// Replaces the tokens' rows, in the same memory.
+    ///
+    /// # Errors
+    /// [`crate::Error::Range`] for a row that is not there; [`crate::Error::Shape`] for another number of tokens.
+    pub fn set_rows(&mut self, rows: &[u32]) -> Result<()> {
+        check_rows(rows, self.cosines.rows())?;
+        expect_shape("rope", "rows", &[rows.len()], self.rows.shape())?;
+        self.rows.write_bytes(bytemuck::cast_slice(rows));
+        Ok(())
+    }
+
+    /// Whether both tables hold their angles in the same memory.
+    pub fn has_angles_of(&self, other: &Self) -> bool {
+        self.cosines.shares_memory(&other.cosines)
+    }
+
+    /// Rows of angles.
+    pub fn len(&self) -> usize {
+        self.cosines.rows()
+    }
+
+    /// Whether there are no angles.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    fn angles(&self) -> RopeRows<'_> {
+        RopeRows { cosines: &self.cosines, sines: &self.sines, rows: &self.rows, pairing: self.pairing }
+    }
+}
+
+fn check_rows(rows: &[u32], limit: usize) -> Result<()> {
+    match rows.iter().find(|&&row| row as usize >= limit) {
+        None => Ok(()),
+        Some(&row) => Err(Error::Range { operation: "rope", what: "row", actual: row as usize, limit }),
     }
 }
 
@@ -43,7 +94,7 @@ pub fn rope(tape: &Tape, x: Var, table: &RopeTable) -> Result<Var> {
     let input_slot = x.slot();
     let shape = x.tensor().shape().to_vec();
     let (tokens, rotated_width) = (shape.first().copied().unwrap_or(1), 2 * table.cosines.columns());
-    expect_shape("rope", "table", table.cosines.shape(), &[tokens, table.cosines.columns()])?;
+    expect_shape("rope", "table", table.rows.shape(), &[tokens])?;
     if rotated_width > x.tensor().columns() {
         return Err(Error::Range {
             operation: "rope",
@@ -54,13 +105,13 @@ pub fn rope(tape: &Tape, x: Var, table: &RopeTable) -> Result<Var> {
     }
     let mut rotated = x.into_tensor().into_unique()?;
     let device = rotated.device().clone();
-    device.kernels().rope(&mut rotated, &table.cosines, &table.sines, table.pairing, false);
+    device.kernels().rope(&mut rotated, &table.angles(), false);
     let table = table.clone();
     Ok(tape.push(rotated, input_slot.is_some(), |slot| {
         Box::new(move |gradients| {
             let (Some(d_out), Some(input_slot)) = (gradients.take(slot), input_slot) else { return Ok(()) };
             let mut d_x = d_out.into_unique()?.reshape(&shape)?;
-            device.kernels().rope(&mut d_x, &table.cosines, &table.sines, table.pairing, true);
+            device.kernels().rope(&mut d_x, &table.angles(), true);
             gradients.add(input_slot, d_x)
         })
     }))

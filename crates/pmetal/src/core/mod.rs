@@ -1,5 +1,6 @@
 //! A model as people name it: a folder, a GGUF file or the embedded one, with everything that belongs to it.
 
+pub mod device;
 pub mod embedded;
 
 use std::collections::BTreeSet;

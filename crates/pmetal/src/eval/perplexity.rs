@@ -42,7 +42,7 @@ pub fn score(decoder: &Decoder, examples: &[Example]) -> Result<Score> {
             packed.document_starts.windows(2).map(|pair| (pair[1] - pair[0]) as usize).collect();
         let run = TokenRun::documents(packed.ids, &lengths);
         let (_, loss) = decoder.loss(&Tape::off(), &run, &packed.labels, 1.0, Forward::default())?;
-        sum += loss.sum;
+        sum += loss.sum.read()?;
         scored_tokens += loss.tokens;
         tokens += run.ids.len();
     }

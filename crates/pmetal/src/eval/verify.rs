@@ -243,7 +243,7 @@ impl Check<'_> {
     /// Compares rows of a \[T, W\] tensor with the rows of the expected \[B, T, W\] where there is no padding.
     fn rows(&mut self, quantity: String, actual: &Tensor, places: &[usize]) -> Result<()> {
         let wanted = self.expected.file.read_f32(&quantity)?;
-        let (width, values) = (actual.columns(), actual.to_f32_vec());
+        let (width, values) = (actual.columns(), actual.to_f32_vec()?);
         let whole =
             self.expected.file.info(&quantity).map_or(0, |info| info.shape.last().copied().unwrap_or(0));
         if whole != width || places.iter().any(|place| (place + 1) * width > wanted.len()) {
@@ -321,7 +321,7 @@ impl Check<'_> {
     fn beside_reference(&mut self, logits: &str, ours: &Tensor, places: &[usize]) -> Result<()> {
         let (exact, theirs) =
             (self.expected.file.read_f32(logits)?, self.expected.file.read_f32(NARROW_LOGITS)?);
-        let (width, ours) = (ours.columns(), ours.to_f32_vec());
+        let (width, ours) = (ours.columns(), ours.to_f32_vec()?);
         let whole = places.iter().map(|place| (place + 1) * width).max().unwrap_or(0);
         if exact.len() != theirs.len() || whole > exact.len() {
             return Err(Error::Checkpoint(format!(
@@ -350,7 +350,7 @@ impl Check<'_> {
         let (true, Some(targets)) = (self.expected.has(&quantity), &batch.targets) else { return Ok(()) };
         let wanted = f64::from(self.expected.file.read_f32(&quantity)?.first().copied().unwrap_or(f32::NAN));
         let (_, loss) = decoder.loss(&Tape::off(), &batch.run, targets, 1.0, Forward::default())?;
-        let error = (loss.sum / loss.tokens as f64 - wanted).abs();
+        let error = (loss.sum.read()? / loss.tokens as f64 - wanted).abs();
         let tolerance = if self.narrow() { NARROW_LOSS_TOLERANCE } else { LOSS_TOLERANCE };
         self.record(quantity, "error / loss", error, error / wanted.abs(), tolerance);
         Ok(())
@@ -383,7 +383,7 @@ impl Check<'_> {
     fn gradient(&mut self, quantity: String, parameter: &Parameter) -> Result<()> {
         let wanted = self.expected.file.read_f32(&quantity)?;
         let actual = match parameter.gradient() {
-            Some(gradient) => gradient.to_f32_vec(),
+            Some(gradient) => gradient.to_f32_vec()?,
             None => vec![0.0; wanted.len()],
         };
         if actual.len() != wanted.len() {

@@ -86,7 +86,7 @@ impl<'a> Session<'a> {
             last = Some(states.slice_rows(tokens - 1, 1)?);
         }
         let states: Tensor = last.ok_or_else(|| Error::Usage("the text did not grow".to_owned()))?;
-        Ok(self.decoder.logits(&states)?.to_f32_vec())
+        Ok(self.decoder.logits(&states)?.to_f32_vec()?)
     }
 
     /// Continues the text from `logits` until a rule or the caller ends it. `accept` sees every token before

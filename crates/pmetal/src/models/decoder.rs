@@ -2,15 +2,15 @@
 
 use std::sync::Arc;
 
-use pmetal_engine::device::{AttentionParameters, CrossEntropyParameters, Segment};
+use pmetal_engine::device::{AttentionParameters, CrossEntropyParameters};
 use pmetal_engine::ops::{
-    self, CrossEntropy, Dropout, Linear, LinearOptions, RopeTable, linear_cross_entropy, rms_norm,
+    self, CrossEntropy, Dropout, LinearGroup, LinearOptions, Targets, linear_cross_entropy, rms_norm,
 };
 use pmetal_engine::{Category, DType, Device, Tape, Tensor, Var, Weight};
 
 use super::cache::KeyValueCache;
-use super::rope::Positions;
-use super::spec::{LayerSpec, Spec};
+use super::inputs::{AngleCache, Inputs};
+use super::spec::{AttentionSpec, LayerSpec, Spec};
 use crate::error::{Error, Result};
 
 /// A decoder with its weights on a device.
@@ -20,6 +20,7 @@ pub struct Decoder {
     /// Type of activations.
     pub dtype: DType,
     pub(super) device: Device,
+    pub(super) angle_cache: AngleCache,
     pub(super) embedding: Weight,
     pub(super) layers: Vec<Arc<Layer>>,
     pub(super) final_norm: Weight,
@@ -32,16 +33,14 @@ pub struct Decoder {
 pub(super) struct Layer {
     pub(super) spec: LayerSpec,
     pub(super) input_norm: Weight,
-    pub(super) query: Linear,
-    pub(super) key: Linear,
-    pub(super) value: Linear,
-    pub(super) output: Linear,
+    /// Query, key and value.
+    pub(super) projection: LinearGroup,
+    pub(super) output: LinearGroup,
     pub(super) query_norm: Option<Weight>,
     pub(super) key_norm: Option<Weight>,
     pub(super) post_attention_norm: Weight,
-    pub(super) gate: Linear,
-    pub(super) up: Linear,
-    pub(super) down: Linear,
+    pub(super) gate_up: LinearGroup,
+    pub(super) down: LinearGroup,
 }
 
 /// Tokens of one or more documents in one flat run; documents never see each other.
@@ -99,8 +98,7 @@ pub struct Forward<'a> {
 /// What all layers of one forward pass share.
 #[derive(Clone)]
 struct Shared {
-    ropes: Vec<RopeTable>,
-    segments: Arc<[Segment]>,
+    inputs: Arc<Inputs>,
     epsilon: f32,
     norm_weight: pmetal_engine::device::NormWeight,
     dropout: Option<Dropout>,
@@ -110,6 +108,11 @@ impl Decoder {
     /// The device that the weights are on.
     pub fn device(&self) -> &Device {
         &self.device
+    }
+
+    /// Whether an adapter drops elements of its input while training.
+    pub fn drops_elements(&self) -> bool {
+        self.linears().iter().any(|(_, linear)| linear.lora.as_ref().is_some_and(|lora| lora.dropout > 0.0))
     }
 
     /// The output head: \[V, D\].
@@ -122,10 +125,28 @@ impl Decoder {
     /// # Errors
     /// [`Error::Usage`] when documents do not cover the run, or a cache is given more than one document;
     /// out of memory; a token id beyond the vocabulary.
-    pub fn hidden(&self, tape: &Tape, run: &TokenRun, mut forward: Forward<'_>) -> Result<Var> {
-        let shared = self.shared(run, &forward)?;
-        let ids = Tensor::from_slice(&self.device, Category::Activations, &[run.ids.len()], &run.ids)?;
-        let mut states = ops::embedding(tape, &ids, &self.embedding, 1.0, self.spec.padding_id, self.dtype)?;
+    pub fn hidden(&self, tape: &Tape, run: &TokenRun, forward: Forward<'_>) -> Result<Var> {
+        let held = forward.cache.as_ref().map_or(0, |cache| cache.tokens());
+        if forward.cache.is_some() && run.documents.len() != 1 {
+            return Err(Error::Usage(format!("a cache holds one document, not {}", run.documents.len())));
+        }
+        let inputs = Arc::new(self.inputs(run, run.ids.len(), held)?);
+        self.hidden_of(tape, &inputs, forward)
+    }
+
+    /// [`Self::hidden`] of inputs that are on the device already.
+    ///
+    /// # Errors
+    /// Out of memory.
+    pub fn hidden_of(&self, tape: &Tape, inputs: &Arc<Inputs>, mut forward: Forward<'_>) -> Result<Var> {
+        let shared = Shared {
+            inputs: Arc::clone(inputs),
+            epsilon: self.spec.norm_epsilon,
+            norm_weight: self.spec.norm_weight,
+            dropout: forward.dropout,
+        };
+        let ids = &inputs.ids;
+        let mut states = ops::embedding(tape, ids, &self.embedding, 1.0, self.spec.padding_id, self.dtype)?;
         let mut observe = forward.observer.take();
         for (index, layer) in self.layers.iter().enumerate() {
             if let Some(observe) = &mut observe {
@@ -142,7 +163,7 @@ impl Decoder {
             };
         }
         if let Some(cache) = forward.cache {
-            cache.advance(run.ids.len());
+            cache.advance(inputs.tokens);
             cache.epochs = self.epochs(cache.tokens());
         }
         let weight = Some(&self.final_norm);
@@ -177,9 +198,26 @@ impl Decoder {
         gradient_scale: f32,
         forward: Forward<'_>,
     ) -> Result<(Var, CrossEntropy)> {
-        let states = self.hidden(tape, run, forward)?;
+        let inputs = Arc::new(self.inputs(run, run.ids.len(), 0)?);
+        let targets = self.targets(labels, run.ids.len())?;
+        self.loss_of(tape, &inputs, &targets, gradient_scale, forward)
+    }
+
+    /// [`Self::loss`] of inputs and targets that are on the device already.
+    ///
+    /// # Errors
+    /// Out of memory.
+    pub fn loss_of(
+        &self,
+        tape: &Tape,
+        inputs: &Arc<Inputs>,
+        targets: &Targets,
+        gradient_scale: f32,
+        forward: Forward<'_>,
+    ) -> Result<(Var, CrossEntropy)> {
+        let states = self.hidden_of(tape, inputs, forward)?;
         let parameters = CrossEntropyParameters { logit_scale: 1.0, softcap: None, gradient_scale };
-        let loss = linear_cross_entropy(tape, &states, self.head(), labels, &parameters)?;
+        let loss = linear_cross_entropy(tape, &states, self.head(), targets, &parameters)?;
         Ok((states, loss))
     }
 
@@ -191,48 +229,33 @@ impl Decoder {
     fn epochs(&self, length: usize) -> Vec<usize> {
         self.spec.ropes.iter().map(|rope| rope.epoch(length)).collect()
     }
+}
 
-    fn shared(&self, run: &TokenRun, forward: &Forward<'_>) -> Result<Shared> {
-        let covered: usize = run.documents.iter().map(|document| document.tokens).sum();
-        if covered != run.ids.len() {
-            return Err(Error::Usage(format!("documents cover {covered} of {} tokens", run.ids.len())));
-        }
-        let held = forward.cache.as_ref().map_or(0, |cache| cache.tokens());
-        if forward.cache.is_some() && run.documents.len() != 1 {
-            return Err(Error::Usage(format!("a cache holds one document, not {}", run.documents.len())));
-        }
-        let positions: Vec<Positions> = run
-            .documents
-            .iter()
-            .map(|document| Positions {
-                first: document.first_position,
-                count: document.tokens,
-                document_length: document.rope_length,
-            })
-            .collect();
-        let ropes = self.spec.ropes.iter().map(|rope| rope.table(&self.device, &positions));
-        let mut start = 0;
-        let segments = run
-            .documents
-            .iter()
-            .map(|document| {
-                let segment = Segment {
-                    query_start: start,
-                    query_length: document.tokens,
-                    key_start: start,
-                    key_length: held + document.tokens,
-                };
-                start += document.tokens;
-                segment
-            })
-            .collect();
-        Ok(Shared {
-            ropes: ropes.collect::<Result<_>>()?,
-            segments,
-            epsilon: self.spec.norm_epsilon,
-            norm_weight: self.spec.norm_weight,
-            dropout: forward.dropout,
-        })
+impl Shared {
+    fn options(&self) -> LinearOptions<'static> {
+        LinearOptions { dropout: self.dropout, ..LinearOptions::default() }
+    }
+}
+
+/// The results of a group of as many layers.
+fn projected<const COUNT: usize>(results: Vec<Var>) -> [Var; COUNT] {
+    match results.try_into() {
+        Ok(results) => results,
+        Err(_) => unreachable!("invariant: a group has a result for each layer"),
+    }
+}
+
+pub(super) fn attention_parameters(spec: &AttentionSpec) -> AttentionParameters {
+    AttentionParameters {
+        query_heads: spec.query_heads,
+        key_value_heads: spec.key_value_heads,
+        key_width: spec.head_width,
+        value_width: spec.head_width,
+        scale: spec.scale,
+        softcap: None,
+        window: spec.window,
+        chunk: None,
+        causal: true,
     }
 }
 
@@ -244,21 +267,29 @@ impl Layer {
         shared: &Shared,
         cache: Option<(&mut KeyValueCache, usize)>,
     ) -> Result<Var> {
-        let norm =
-            |x: &Var, weight: &Weight| rms_norm(tape, x, Some(weight), shared.norm_weight, shared.epsilon);
-        let apply = |x: &Var, layer: &Linear, residual: Option<&Var>| {
-            ops::linear(tape, x, layer, LinearOptions { residual, scale: 1.0, dropout: shared.dropout })
+        let norm = |x: &Var, weight: &Weight, reader: &LinearGroup| {
+            let (kind, spare) = (shared.norm_weight, reader.spare());
+            ops::rms_norm_with_spare(tape, x, Some(weight), kind, shared.epsilon, spare)
         };
-        let normed = norm(&states, &self.input_norm)?;
+        let normed = norm(&states, &self.input_norm, &self.projection)?;
         let attended = self.attend(tape, &normed, shared, cache)?;
         drop(normed);
-        let states = apply(&attended, &self.output, Some(&states))?;
+        let states = self.apply(tape, &attended, &self.output, shared, &states)?;
         drop(attended);
-        let normed = norm(&states, &self.post_attention_norm)?;
-        let (gate, up) = (apply(&normed, &self.gate, None)?, apply(&normed, &self.up, None)?);
+        let normed = norm(&states, &self.post_attention_norm, &self.gate_up)?;
+        let [gate, up] = projected(ops::linear_group(tape, &normed, &self.gate_up, shared.options())?);
         drop(normed);
-        let product = ops::gated(tape, self.spec.feed_forward.activation, &gate, &up)?;
-        Ok(apply(&product, &self.down, Some(&states))?)
+        let activation = self.spec.feed_forward.activation;
+        let product = ops::gated_with_spare(tape, activation, &gate, &up, self.down.spare())?;
+        drop((gate, up));
+        self.apply(tape, &product, &self.down, shared, &states)
+    }
+
+    /// One linear layer whose result is added to the states.
+    fn apply(&self, tape: &Tape, x: &Var, group: &LinearGroup, shared: &Shared, states: &Var) -> Result<Var> {
+        let options = LinearOptions { residual: Some(states), ..shared.options() };
+        let [out] = projected(ops::linear_group(tape, x, group, options)?);
+        Ok(out)
     }
 
     /// Attention over normed states; the result is \[T, H * E\].
@@ -271,39 +302,30 @@ impl Layer {
     ) -> Result<Var> {
         let spec = &self.spec.attention;
         let tokens = normed.tensor().rows();
-        let options = || LinearOptions { dropout: shared.dropout, ..LinearOptions::default() };
-        let heads =
-            |layer: &Linear, heads: usize, head_norm: Option<&Weight>, rotated: bool| -> Result<Var> {
-                let flat = ops::linear(tape, normed, layer, options())?;
-                let mut states = flat.reshape(&[tokens, heads, spec.head_width])?;
-                if let Some(weight) = head_norm {
-                    states = rms_norm(tape, &states, Some(weight), shared.norm_weight, shared.epsilon)?
-                        .detached_recipe();
-                }
-                match spec.rope.filter(|_| rotated) {
-                    Some(rope) => Ok(ops::rope(tape, states, &shared.ropes[rope])?),
-                    None => Ok(states),
-                }
-            };
-        let query = heads(&self.query, spec.query_heads, self.query_norm.as_ref(), true)?;
-        let mut key = heads(&self.key, spec.key_value_heads, self.key_norm.as_ref(), true)?;
-        let mut value = heads(&self.value, spec.key_value_heads, None, false)?;
+        let heads = |flat: Var, heads: usize, head_norm: Option<&Weight>, rotated: bool| -> Result<Var> {
+            let mut states = flat.reshape(&[tokens, heads, spec.head_width])?;
+            if let Some(weight) = head_norm {
+                states = rms_norm(tape, &states, Some(weight), shared.norm_weight, shared.epsilon)?
+                    .detached_recipe();
+            }
+            match spec.rope.filter(|_| rotated) {
+                Some(rope) => Ok(ops::rope(tape, states, &shared.inputs.ropes[rope])?),
+                None => Ok(states),
+            }
+        };
+        let [query, key, value] =
+            projected(ops::linear_group(tape, normed, &self.projection, shared.options())?);
+        let query = heads(query, spec.query_heads, self.query_norm.as_ref(), true)?;
+        let mut key = heads(key, spec.key_value_heads, self.key_norm.as_ref(), true)?;
+        let mut value = heads(value, spec.key_value_heads, None, false)?;
         if let Some((cache, index)) = cache {
             let (keys, values) = cache.append(index, key.tensor(), value.tensor())?;
             (key, value) = (Var::constant(keys), Var::constant(values));
         }
-        let parameters = AttentionParameters {
-            query_heads: spec.query_heads,
-            key_value_heads: spec.key_value_heads,
-            key_width: spec.head_width,
-            value_width: spec.head_width,
-            scale: spec.scale,
-            softcap: None,
-            window: spec.window,
-            chunk: None,
-            causal: true,
-        };
-        let out = ops::attention(tape, &parameters, &shared.segments, [&query, &key, &value], None)?;
+        let mask = shared.inputs.mask(spec);
+        let parameters = attention_parameters(spec);
+        let (inputs, spare) = ([&query, &key, &value], self.output.spare());
+        let out = ops::attention_with_spare(tape, &parameters, mask, inputs, None, spare)?;
         Ok(out.reshape(&[tokens, spec.query_heads * spec.head_width])?)
     }
 }

@@ -5,13 +5,14 @@ use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::Arc;
 
-use pmetal_engine::ops::Linear;
+use pmetal_engine::ops::{Linear, LinearGroup};
 use pmetal_engine::{Category, DType, Device, Parameter, Tensor, Weight};
 use pmetal_formats::checkpoint::Checkpoint;
 
 use super::config::Config;
 use super::decoder::{Decoder, Layer};
 use super::families;
+use super::inputs::AngleCache;
 use super::spec::{FeedForwardSpec, LayerSpec, Spec};
 use crate::error::{Error, Faults, Result};
 
@@ -115,12 +116,16 @@ impl Source for CheckpointSource<'_> {
             Some(Stored::F32) => DType::F32,
             _ => self.options.dtype,
         };
+        // Products on other devices read one type; a CPU widens what it reads.
+        let target = if self.device.is_host() { target } else { self.options.dtype };
         if target == DType::F32 {
             return Ok(Weight::Frozen(self.f32(name, &shape, Category::Weights)?));
         }
         let mut weight = Tensor::scratch(self.device, Category::Weights, target, &shape)?;
-        if matches!(stored, Some(Stored::Bf16 | Stored::F16)) {
-            self.checkpoint.read_into(name, weight.as_mut_bytes())?;
+        let same =
+            matches!((stored, target), (Some(Stored::Bf16), DType::Bf16) | (Some(Stored::F16), DType::F16));
+        if same {
+            weight.read_from(|bytes| self.checkpoint.read_into(name, bytes))?;
         } else {
             let values = self.f32(name, &shape, Category::Workspace)?;
             self.device.kernels().convert(&values, &mut weight);
@@ -144,19 +149,11 @@ struct RandomSource<'a> {
 }
 
 impl RandomSource<'_> {
-    fn wrap(&self, name: &str, values: Vec<f32>, shape: &[usize], stored: DType) -> Result<Weight> {
-        if self.options.train_all {
-            let value = Tensor::from_slice(self.device, Category::Parameters, shape, &values)?;
-            return Ok(Weight::Trainable(Parameter::new(name, value)));
+    fn weight(&self, name: &str, value: Tensor) -> Weight {
+        match self.options.train_all {
+            true => Weight::Trainable(Parameter::new(name, value)),
+            false => Weight::Frozen(value),
         }
-        let category = if stored == DType::F32 { Category::Weights } else { Category::Workspace };
-        let values = Tensor::from_slice(self.device, category, shape, &values)?;
-        if stored == DType::F32 {
-            return Ok(Weight::Frozen(values));
-        }
-        let mut narrow = Tensor::scratch(self.device, Category::Weights, stored, shape)?;
-        self.device.kernels().convert(&values, &mut narrow);
-        Ok(Weight::Frozen(narrow))
     }
 }
 
@@ -168,21 +165,21 @@ impl Source for RandomSource<'_> {
             stream: pmetal_engine::random::stream_of(name),
         };
         let bound = (3.0 / shape[1] as f32).sqrt();
-        let elements = shape[0] * shape[1];
-        let mut values = Vec::new();
-        // The first thing of this size, and the only one that would end the process where there is no room.
-        values.try_reserve_exact(elements).map_err(|_| pmetal_engine::Error::OutOfMemory {
-            category: Category::Weights.name(),
-            requested_bytes: elements.saturating_mul(size_of::<f32>()),
-            live_bytes: self.device.memory().report().live_bytes,
-        })?;
-        values.extend((0..elements as u64).map(|i| (2.0 * key.uniform(i) - 1.0) * bound));
-        self.wrap(name, values, &shape, self.stored)
+        let target = match (self.options.train_all, self.device.is_host()) {
+            (true, _) => DType::F32,
+            (false, true) => self.stored,
+            (false, false) => self.options.dtype,
+        };
+        let category = if self.options.train_all { Category::Parameters } else { Category::Weights };
+        let mut values = Tensor::scratch(self.device, category, target, &shape)?;
+        self.device.kernels().uniform(key, bound, &mut values);
+        Ok(self.weight(name, values))
     }
 
     fn vector(&self, name: &str, width: usize) -> Result<Weight> {
         let value = if name.ends_with(".bias") { 0.0 } else { 1.0 };
-        self.wrap(name, vec![value; width], &[width], DType::F32)
+        let category = if self.options.train_all { Category::Parameters } else { Category::Weights };
+        Ok(self.weight(name, Tensor::from_slice(self.device, category, &[width], &vec![value; width])?))
     }
 }
 
@@ -288,7 +285,7 @@ fn build(source: &dyn Source, spec: Spec, device: &Device, dtype: DType) -> Resu
         .iter()
         .enumerate()
         .map(|(index, layer)| {
-            build_layer(source, layer, width, &format!("model.layers.{index}")).map(Arc::new)
+            build_layer(source, layer, width, dtype, &format!("model.layers.{index}")).map(Arc::new)
         })
         .collect::<Result<Vec<_>>>()?;
     let head =
@@ -299,12 +296,19 @@ fn build(source: &dyn Source, spec: Spec, device: &Device, dtype: DType) -> Resu
         head,
         layers,
         device: device.clone(),
+        angle_cache: AngleCache::default(),
         dtype,
         spec,
     })
 }
 
-fn build_layer(source: &dyn Source, spec: &LayerSpec, width: usize, prefix: &str) -> Result<Layer> {
+fn build_layer(
+    source: &dyn Source,
+    spec: &LayerSpec,
+    width: usize,
+    dtype: DType,
+    prefix: &str,
+) -> Result<Layer> {
     let linear = |(name, inputs, outputs, bias): (&str, usize, usize, bool)| -> Result<Linear> {
         let weight = source.matrix(&format!("{prefix}.{name}.weight"), [outputs, inputs])?;
         let bias = bias.then(|| source.vector(&format!("{prefix}.{name}.bias"), outputs)).transpose()?;
@@ -316,20 +320,37 @@ fn build_layer(source: &dyn Source, spec: &LayerSpec, width: usize, prefix: &str
         spec.attention.head_norm.then(|| norm(&format!("self_attn.{name}"), width)).transpose()
     };
     let [query, key, value, output, gate, up, down] = projections(spec, width).map(linear);
-    Ok(Layer {
+    let mut layer = Layer {
         spec: spec.clone(),
         input_norm: norm("input_layernorm", width)?,
-        query: query?,
-        key: key?,
-        value: value?,
-        output: output?,
+        projection: LinearGroup::new(vec![query?, key?, value?]),
+        output: LinearGroup::new(vec![output?]),
         query_norm: head_norm("q_norm")?,
         key_norm: head_norm("k_norm")?,
         post_attention_norm: norm("post_attention_layernorm", width)?,
-        gate: gate?,
-        up: up?,
-        down: down?,
-    })
+        gate_up: LinearGroup::new(vec![gate?, up?]),
+        down: LinearGroup::new(vec![down?]),
+    };
+    layer.pack(dtype)?;
+    Ok(layer)
+}
+
+impl Layer {
+    /// The groups of linear layers, in the order of [`projections`].
+    fn groups(&self) -> [&LinearGroup; 4] {
+        [&self.projection, &self.output, &self.gate_up, &self.down]
+    }
+
+    fn groups_mut(&mut self) -> [&mut LinearGroup; 4] {
+        [&mut self.projection, &mut self.output, &mut self.gate_up, &mut self.down]
+    }
+
+    fn pack(&mut self, dtype: DType) -> Result<()> {
+        for group in self.groups_mut() {
+            group.pack(dtype)?;
+        }
+        Ok(())
+    }
 }
 
 impl Decoder {
@@ -339,11 +360,9 @@ impl Decoder {
         let each = self.layers.iter().enumerate();
         each.flat_map(|(index, layer)| {
             let names = projections(&layer.spec, self.spec.width).map(|projection| projection.0);
-            let linears =
-                [&layer.query, &layer.key, &layer.value, &layer.output, &layer.gate, &layer.up, &layer.down];
             names
                 .into_iter()
-                .zip(linears)
+                .zip(layer.groups().into_iter().flat_map(LinearGroup::layers))
                 .map(move |(name, linear)| (format!("model.layers.{index}.{name}"), linear))
         })
         .collect()
@@ -357,18 +376,11 @@ impl Decoder {
         for (index, layer) in self.layers.iter_mut().enumerate() {
             let layer = Arc::make_mut(layer);
             let names = projections(&layer.spec, self.spec.width).map(|projection| projection.0);
-            let linears = [
-                &mut layer.query,
-                &mut layer.key,
-                &mut layer.value,
-                &mut layer.output,
-                &mut layer.gate,
-                &mut layer.up,
-                &mut layer.down,
-            ];
+            let linears = layer.groups_mut().into_iter().flat_map(LinearGroup::layers_mut);
             for (name, linear) in names.into_iter().zip(linears) {
                 change(&format!("model.layers.{index}.{name}"), linear)?;
             }
+            layer.pack(self.dtype)?;
         }
         Ok(())
     }

@@ -4,9 +4,9 @@
 
 use std::f64::consts::PI;
 
-use pmetal_engine::Device;
 use pmetal_engine::device::RopePairing;
 use pmetal_engine::ops::RopeTable;
+use pmetal_engine::{Category, Device, Tensor};
 
 use super::config::Config;
 use crate::error::{Error, Result};
@@ -236,6 +236,22 @@ impl Rope {
                 kept / yarn.factor as f32 * ramp + kept * (1.0 - ramp)
             })
             .collect()
+    }
+
+    /// Cosines and sines, f32 \[count, half\], of the first positions of a document of a length.
+    ///
+    /// # Errors
+    /// Out of memory.
+    pub fn angles(&self, device: &Device, count: usize, document_length: usize) -> Result<(Tensor, Tensor)> {
+        let (frequencies, factor) = self.frequencies(document_length);
+        let of = |function: fn(f32) -> f32| {
+            let row = |position: usize| {
+                frequencies.iter().map(move |frequency| function(position as f32 * frequency) * factor)
+            };
+            let values: Vec<f32> = (0..count).flat_map(row).collect();
+            Tensor::from_slice(device, Category::Workspace, &[count, frequencies.len()], &values)
+        };
+        Ok((of(f32::cos)?, of(f32::sin)?))
     }
 
     /// Cosines and sines for documents that follow each other in a run of tokens.

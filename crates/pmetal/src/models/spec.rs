@@ -117,7 +117,7 @@ impl Spec {
         };
         let inner = self.layers.iter().map(|layer| layer.feed_forward.width).max().unwrap_or(0);
         let passing = step.tokens * 3 * (self.width + inner) * step.element_bytes;
-        let chunk_rows = pmetal_engine::ops::logit_chunk_rows(self.vocabulary).min(step.tokens);
+        let chunk_rows = pmetal_engine::ops::logit_chunk_rows(step.on_host, self.vocabulary).min(step.tokens);
         let row = 4 * self.vocabulary + 2 * self.width * step.element_bytes;
         let loss = chunk_rows * row + step.tokens * self.width * step.element_bytes;
         step.tokens * kept * step.element_bytes + passing.max(loss)
@@ -135,4 +135,6 @@ pub struct StepShape {
     pub adapter_ranks: usize,
     /// Whether activations are computed again in the backward pass.
     pub checkpointing: bool,
+    /// Whether a CPU computes it.
+    pub on_host: bool,
 }

@@ -135,7 +135,11 @@ pub(super) fn stream_tensors(
     let mut stream = SafetensorsWriter::begin(writer, specs_of(tensors), metadata)?;
     while let Some(next) = stream.next_tensor() {
         let tensor = tensors.iter().find(|(name, _)| *name == next.name).map(|(_, tensor)| tensor);
-        let values = tensor.map(pmetal_engine::Tensor::to_f32_vec).unwrap_or_default();
+        let values = tensor.map(pmetal_engine::Tensor::to_f32_vec).transpose().map_err(|error| {
+            let what = format!("tensor `{}`", next.name);
+            pmetal_formats::Error::Write { what, source: std::io::Error::other(error) }
+        })?;
+        let values = values.unwrap_or_default();
         let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
         stream.write_tensor(&bytes)?;
     }

@@ -213,6 +213,10 @@ settings! {
     dtype: Precision = Precision::Auto, Machine, Numbers, ["torch_dtype", "precision"];
     /// Where the computation runs: auto, cpu, cuda or metal.
     device: DeviceChoice = DeviceChoice::Auto, Machine, Numbers, [];
+    /// Give the same bits in every run on a GPU, at some cost in speed.
+    deterministic: bool = false, Machine, Numbers, [];
+    /// Launch the kernels of every training step one by one on an NVIDIA GPU instead of replaying them as one CUDA graph.
+    no_cuda_graph: bool = false, Machine, Nothing, [];
     /// Threads of the CPU; 0 = one for each core. The numbers do not depend on it.
     threads: usize = 0, Machine, Nothing, ["num_threads"],
         "must be at most 4096" => |threads| *threads <= 4096;

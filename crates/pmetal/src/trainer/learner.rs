@@ -2,12 +2,13 @@
 
 use std::sync::Arc;
 
-use pmetal_engine::device::AdamWParameters;
-use pmetal_engine::ops::{self, AdamWState, Dropout};
+use pmetal_engine::device::{AdamWControl, AdamWParameters, Recording, Sum};
+use pmetal_engine::ops::{self, AdamWState, Dropout, Targets};
 use pmetal_engine::{Category, Parameter, Tape, Tensor};
 
 use crate::error::{Error, Result};
-use crate::models::{Decoder, Forward, TokenRun};
+use crate::models::inputs::padded_labels;
+use crate::models::{Decoder, Forward, Inputs, TokenRun};
 
 /// Tokens of one forward pass with their targets.
 #[derive(Debug, Clone)]
@@ -44,6 +45,8 @@ pub struct OptimizerSettings {
     pub checkpointing: bool,
     /// Keys dropout.
     pub seed: u64,
+    /// Whether steps are recorded and replayed on a device that can (a CUDA graph).
+    pub records: bool,
 }
 
 impl Default for OptimizerSettings {
@@ -56,6 +59,7 @@ impl Default for OptimizerSettings {
             max_gradient_norm: 1.0,
             checkpointing: false,
             seed: 0,
+            records: true,
         }
     }
 }
@@ -79,6 +83,84 @@ pub struct Learner {
     parameters: Vec<Arc<Parameter>>,
     states: Vec<AdamWState>,
     settings: OptimizerSettings,
+    /// On devices other than a CPU, micro-batches are filled up to this many tokens, so that all have one shape.
+    padded_tokens: usize,
+    /// Tokens of the micro-batches of the last step that was not replayed.
+    last_shape: Option<Vec<usize>>,
+    recorded: Option<RecordedStep>,
+}
+
+/// What one optimizer step reads, in the device's memory.
+struct StepInputs {
+    batches: Vec<(Arc<Inputs>, Targets)>,
+    control: AdamWControl,
+}
+
+impl StepInputs {
+    fn new(
+        decoder: &Decoder,
+        batches: &[MicroBatch],
+        padded: &[usize],
+        constants: AdamWParameters,
+    ) -> Result<Self> {
+        let each = batches.iter().zip(padded).map(|(batch, &rows)| {
+            let inputs = Arc::new(decoder.inputs(&batch.run, rows, 0)?);
+            Ok((inputs, decoder.targets(&batch.labels, rows)?))
+        });
+        let control = AdamWControl::new(decoder.device(), constants)?;
+        Ok(Self { batches: each.collect::<Result<_>>()?, control })
+    }
+}
+
+/// What one optimizer step sums up, where it was computed.
+struct DeviceSums {
+    /// Loss of each micro-batch.
+    losses: Vec<Sum>,
+    /// Squares of all gradients.
+    squares: Sum,
+}
+
+/// [`DeviceSums`] on the host.
+struct StepSums {
+    losses: Vec<f64>,
+    squares: f64,
+}
+
+impl DeviceSums {
+    fn read(&self) -> Result<StepSums> {
+        let losses = self.losses.iter().map(Sum::read).collect::<std::result::Result<_, _>>()?;
+        Ok(StepSums { losses, squares: self.squares.read()? })
+    }
+}
+
+/// A step that the device repeats by itself on whatever its inputs hold.
+struct RecordedStep {
+    recording: Recording,
+    inputs: StepInputs,
+    sums: DeviceSums,
+}
+
+impl RecordedStep {
+    /// Puts other batches into the memory that the recording reads; false when they are of another shape.
+    fn overwrite(
+        &mut self,
+        decoder: &Decoder,
+        batches: &[MicroBatch],
+        constants: AdamWParameters,
+    ) -> Result<bool> {
+        if batches.len() != self.inputs.batches.len() {
+            return Ok(false);
+        }
+        for (batch, (inputs, targets)) in batches.iter().zip(&mut self.inputs.batches) {
+            let Some(inputs) = Arc::get_mut(inputs) else { return Ok(false) };
+            if !decoder.overwrite_inputs(inputs, &batch.run)? {
+                return Ok(false);
+            }
+            targets.set(&padded_labels(&batch.labels, inputs.rows()), decoder.spec.vocabulary)?;
+        }
+        self.inputs.control.set(constants);
+        Ok(true)
+    }
 }
 
 impl Learner {
@@ -97,7 +179,13 @@ impl Learner {
             .iter()
             .map(|parameter| AdamWState::new(parameter))
             .collect::<std::result::Result<_, _>>()?;
-        Ok(Self { decoder, parameters, states, settings })
+        let (last_shape, recorded) = (None, None);
+        Ok(Self { decoder, parameters, states, settings, padded_tokens: 0, last_shape, recorded })
+    }
+
+    /// Fills micro-batches up to this many tokens on devices other than a CPU, so that steps are of one shape.
+    pub fn pad_to(&mut self, tokens: usize) {
+        self.padded_tokens = tokens;
     }
 
     /// The decoder.
@@ -119,7 +207,7 @@ impl Learner {
     ///
     /// The loss is the sum over trained tokens divided by their number in the whole step, so that it does not
     /// depend on how the tokens were divided into micro-batches. When the step fails, parameters and moments are
-    /// those from before it.
+    /// those from before it. On a device that records work, a step of a shape that came before is replayed at once.
     ///
     /// # Errors
     /// [`Error::Diverged`] when a loss or gradient is not finite, naming step, rows and parameter;
@@ -129,86 +217,124 @@ impl Learner {
         if trained_tokens == 0 {
             return Err(Error::Data(format!("step {}: none of its tokens is trained", step + 1)));
         }
-        let outcome = self.gradients(step, batches, trained_tokens);
-        let report = outcome.and_then(|(loss, tokens)| {
-            let gradient_norm = self.checked_norm(step, batches)?;
-            Ok(StepReport { loss, gradient_norm, tokens, trained_tokens })
-        });
-        if let Ok(report) = &report {
-            self.update(step, learning_rate, report.gradient_norm)?;
-        }
+        let constants = self.constants(step, learning_rate, trained_tokens);
+        let outcome = self.replay_or_compute(step, batches, constants);
+        let outcome = outcome.and_then(|sums| self.report(step, batches, &sums, trained_tokens));
         self.parameters.iter().for_each(|parameter| parameter.clear_gradient());
-        report
+        outcome
     }
 
-    fn gradients(&self, step: usize, batches: &[MicroBatch], trained_tokens: usize) -> Result<(f64, usize)> {
-        let (mut sum, mut tokens) = (0.0, 0);
-        for (index, batch) in batches.iter().enumerate() {
+    fn replay_or_compute(
+        &mut self,
+        step: usize,
+        batches: &[MicroBatch],
+        constants: AdamWParameters,
+    ) -> Result<StepSums> {
+        if let Some(recorded) = &mut self.recorded
+            && recorded.overwrite(&self.decoder, batches, constants)?
+        {
+            recorded.recording.replay();
+            return recorded.sums.read();
+        }
+        let device = self.decoder.device().clone();
+        let padded: Vec<usize> = batches
+            .iter()
+            .map(|batch| if device.is_host() { 0 } else { self.padded_tokens }.max(batch.run.ids.len()))
+            .collect();
+        let inputs = StepInputs::new(&self.decoder, batches, &padded, constants)?;
+        let dropout_step = step * batches.len();
+        let sums = self.compute(&inputs, dropout_step)?.read()?;
+        let records = !device.is_host() && self.settings.records && !self.decoder.drops_elements();
+        let is_known = self.last_shape.as_ref() == Some(&padded);
+        self.last_shape = Some(padded);
+        if records && is_known && self.recorded.is_none() {
+            // The second step of a shape: what it needs was compiled and allocated, and what follows is alike.
+            let recorded = device.record(|| self.compute(&inputs, dropout_step))?;
+            self.recorded = recorded.map(|(recording, sums)| RecordedStep { recording, inputs, sums });
+        }
+        Ok(sums)
+    }
+
+    /// Computes gradients and updates parameters; nothing is read back from a device.
+    fn compute(&mut self, inputs: &StepInputs, dropout_step: usize) -> Result<DeviceSums> {
+        let device = self.decoder.device().clone();
+        let mut losses = Vec::with_capacity(inputs.batches.len());
+        for (index, (batch, targets)) in inputs.batches.iter().enumerate() {
             let tape = Tape::recording();
             let forward = Forward {
                 checkpointing: self.settings.checkpointing,
-                dropout: Some(Dropout {
-                    seed: self.settings.seed,
-                    // Micro-batches of one step must not share a mask.
-                    step: (step * batches.len() + index) as u32,
-                }),
+                // Micro-batches of one step must not share a mask.
+                dropout: Some(Dropout { seed: self.settings.seed, step: (dropout_step + index) as u32 }),
                 ..Forward::default()
             };
-            let scale = 1.0 / trained_tokens as f32;
-            let (states, loss) = self.decoder.loss(&tape, &batch.run, &batch.labels, scale, forward)?;
-            if !loss.sum.is_finite() {
-                return Err(Error::Diverged(format!(
-                    "step {}: the loss of {} is {}",
-                    step + 1,
-                    rows_text(&batch.rows),
-                    loss.sum
-                )));
-            }
-            sum += loss.sum;
-            tokens += batch.run.ids.len();
+            // The number of trained tokens divides once, in the optimizer.
+            let (states, loss) = self.decoder.loss_of(&tape, batch, targets, 1.0, forward)?;
             if let Some(d_hidden) = loss.d_hidden {
                 tape.backward(&states, d_hidden)?;
             }
+            losses.push(loss.sum);
         }
-        Ok((sum / trained_tokens as f64, tokens))
+        let squares = ops::sum_of_squares(&device, &self.parameters)?;
+        let is_bad = |loss: &Sum| loss.read().is_ok_and(|loss| !loss.is_finite());
+        if device.is_host() && losses.iter().any(is_bad) {
+            return Ok(DeviceSums { losses, squares });
+        }
+        let decays = |parameter: &Parameter| {
+            !parameter.name().ends_with(".bias") && !parameter.name().contains("norm")
+        };
+        ops::adamw(&self.parameters, &mut self.states, &inputs.control, Some(&squares), decays)?;
+        Ok(DeviceSums { losses, squares })
     }
 
-    fn checked_norm(&self, step: usize, batches: &[MicroBatch]) -> Result<f64> {
-        let norm = ops::global_norm(&self.parameters);
-        if norm.is_finite() {
-            return Ok(norm);
+    fn report(
+        &self,
+        step: usize,
+        batches: &[MicroBatch],
+        sums: &StepSums,
+        trained_tokens: usize,
+    ) -> Result<StepReport> {
+        for (batch, loss) in batches.iter().zip(&sums.losses) {
+            if !loss.is_finite() {
+                let rows = rows_text(&batch.rows);
+                return Err(Error::Diverged(format!("step {}: the loss of {rows} is {loss}", step + 1)));
+            }
         }
-        let bad = self
-            .parameters
-            .iter()
-            .find(|parameter| !ops::global_norm(std::slice::from_ref(parameter)).is_finite());
+        let gradient_norm = sums.squares.sqrt() / trained_tokens as f64;
+        if !gradient_norm.is_finite() {
+            return Err(self.bad_gradient(step, batches));
+        }
+        let loss = sums.losses.iter().sum::<f64>() / trained_tokens as f64;
+        let tokens = batches.iter().map(|batch| batch.run.ids.len()).sum();
+        Ok(StepReport { loss, gradient_norm, tokens, trained_tokens })
+    }
+
+    fn constants(&self, step: usize, learning_rate: f64, trained_tokens: usize) -> AdamWParameters {
+        let settings = &self.settings;
+        AdamWParameters {
+            learning_rate,
+            beta1: settings.beta1,
+            beta2: settings.beta2,
+            epsilon: settings.epsilon,
+            weight_decay: settings.weight_decay,
+            step: step as u32 + 1,
+            gradient_scale: 1.0 / trained_tokens as f32,
+            max_norm: settings.max_gradient_norm,
+        }
+    }
+
+    fn bad_gradient(&self, step: usize, batches: &[MicroBatch]) -> Error {
+        let is_bad = |parameter: &Parameter| match parameter.last_gradient().map(|held| held.to_f32_vec()) {
+            Some(Ok(values)) => values.iter().any(|value| !value.is_finite()),
+            Some(Err(_)) | None => false,
+        };
+        let bad = self.parameters.iter().find(|parameter| is_bad(parameter));
         let rows: Vec<usize> = batches.iter().flat_map(|batch| batch.rows.iter().copied()).collect();
-        Err(Error::Diverged(format!(
+        Error::Diverged(format!(
             "step {}: the gradient of `{}` is not finite for {}",
             step + 1,
             bad.map_or("the sum of all parameters", |parameter| parameter.name()),
             rows_text(&rows)
-        )))
-    }
-
-    fn update(&mut self, step: usize, learning_rate: f64, norm: f64) -> Result<()> {
-        let settings = &self.settings;
-        let gradient_scale = clipping_scale(norm, settings.max_gradient_norm);
-        for (parameter, state) in self.parameters.iter().zip(&mut self.states) {
-            let name = parameter.name();
-            let decays = !name.ends_with(".bias") && !name.contains("norm");
-            let constants = AdamWParameters {
-                learning_rate,
-                beta1: settings.beta1,
-                beta2: settings.beta2,
-                epsilon: settings.epsilon,
-                weight_decay: if decays { settings.weight_decay } else { 0.0 },
-                step: step as u32 + 1,
-                gradient_scale,
-            };
-            ops::adamw_step(parameter, state, &constants)?;
-        }
-        Ok(())
+        ))
     }
 
     /// Sum of losses and number of trained tokens of a batch, without training.
@@ -218,7 +344,7 @@ impl Learner {
     pub fn evaluate(&self, batch: &MicroBatch) -> Result<(f64, usize)> {
         let (_, loss) =
             self.decoder.loss(&Tape::off(), &batch.run, &batch.labels, 1.0, Forward::default())?;
-        Ok((loss.sum, loss.tokens))
+        Ok((loss.sum.read()?, loss.tokens))
     }
 
     /// Everything that a resumed run needs: parameters and both moments, by name, f32.
@@ -237,6 +363,8 @@ impl Learner {
     /// # Errors
     /// What `read` returns; [`Error::Checkpoint`] when a tensor has another size.
     pub fn restore(&mut self, mut read: impl FnMut(&str) -> Result<Vec<f32>>) -> Result<()> {
+        // Recorded work would go on with the tensors that are replaced.
+        self.recorded = None;
         for (parameter, state) in self.parameters.iter().zip(&mut self.states) {
             let like = parameter.value();
             let mut tensor = |kind: &str, category: Category| -> Result<Tensor> {
@@ -258,13 +386,6 @@ impl Learner {
         }
         Ok(())
     }
-}
-
-/// What gradients of a total norm are multiplied by so that it is at most `limit`; 1 where the limit is 0.
-///
-/// As `clip_grad_norm_` of PyTorch, whose denominator carries 1e-6.
-pub fn clipping_scale(norm: f64, limit: f64) -> f32 {
-    if limit > 0.0 { (limit / (norm + 1e-6)).min(1.0) as f32 } else { 1.0 }
 }
 
 /// "row 7" or "rows 7, 8, 9 and 3 more", counted from 1.

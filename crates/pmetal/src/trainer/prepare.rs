@@ -3,17 +3,14 @@
 use std::path::{Path, PathBuf};
 
 use pmetal_engine::Device;
-use pmetal_engine::device::SimdLevel;
 use pmetal_formats::adapter::{AdapterConfig, ModuleNames};
 
 use super::checkpoint::Identity;
-use super::config::{
-    DeviceChoice, LearningRateSchedule, OnLong, Origin, Precision, ResolvedConfig, TrainConfig, TrainOn,
-    Tuning,
-};
+use super::config::{LearningRateSchedule, OnLong, Origin, ResolvedConfig, TrainConfig, TrainOn, Tuning};
 use super::learner::{Learner, MicroBatch, OptimizerSettings};
 use super::schedule::{Decay, Schedule, warmup_steps};
 use super::train_loop::{Batches, Every, RunPlan};
+use crate::core::device::activation_type;
 use crate::core::{Model, ModelSource, ModelText, embedded, now_unix_s};
 use crate::data::{
     self, BatchOptions, BatchPlan, ChatFormat, DataOptions, Dataset, EncodeOptions, PackedBatch,
@@ -106,39 +103,13 @@ fn micro_batch(packed: PackedBatch, examples: &[data::Example]) -> MicroBatch {
     MicroBatch { run: TokenRun::documents(packed.ids, &lengths), labels: packed.labels, rows }
 }
 
-/// Refuses a device that this build has no kernels for.
-///
-/// # Errors
-/// [`Error::Usage`] naming the device.
-pub fn check_device(config: &TrainConfig) -> Result<()> {
-    match config.device {
-        DeviceChoice::Auto | DeviceChoice::Cpu => Ok(()),
-        DeviceChoice::Cuda => {
-            Err(Error::Usage("device `cuda` is not available in this build, only cpu".to_owned()))
-        }
-        DeviceChoice::Metal => {
-            Err(Error::Usage("device `metal` is not available in this build, only cpu".to_owned()))
-        }
-    }
-}
-
-/// The type of activations that a configuration asks for.
-pub fn activation_type(precision: Precision) -> pmetal_engine::DType {
-    match precision {
-        Precision::F32 => pmetal_engine::DType::F32,
-        Precision::Bf16 => pmetal_engine::DType::Bf16,
-        Precision::Auto if SimdLevel::current().prefers_bf16() => pmetal_engine::DType::Bf16,
-        Precision::Auto => pmetal_engine::DType::F32,
-    }
-}
-
 /// Loads model and data and fills in what the configuration left to the program.
 ///
 /// # Errors
 /// What loading returns; [`Error::Usage`] for settings that the model or the data cannot follow.
 pub fn prepare(resolved: &mut ResolvedConfig, device: &Device) -> Result<Prepared> {
     let config = resolved.config().clone();
-    let dtype = activation_type(config.dtype);
+    let dtype = activation_type(config.dtype, device)?;
     let source = ModelSource::parse(&config.model);
     let full = config.tuning == Tuning::Full;
     let mut model = Model::load(&source, device, dtype, full)?;
@@ -193,8 +164,10 @@ pub fn prepare(resolved: &mut ResolvedConfig, device: &Device) -> Result<Prepare
         max_gradient_norm: config.max_grad_norm,
         checkpointing: config.gradient_checkpointing,
         seed: config.seed,
+        records: !config.no_cuda_graph,
     };
-    let learner = Learner::new(model.decoder, settings)?;
+    let mut learner = Learner::new(model.decoder, settings)?;
+    learner.pad_to(description.most_tokens);
     let accumulation = config.gradient_accumulation_steps;
     let batches = DatasetBatches { dataset, plan, accumulation, evaluation };
     Ok(Prepared { learner, batches, plan: run, description })

@@ -86,5 +86,5 @@ pub(crate) fn logits(decoder: &Decoder) -> Vec<f32> {
     let documents = vec![Document { tokens: ids.len(), first_position: 0, rope_length: ids.len() }];
     let run = TokenRun { ids, documents };
     let states = decoder.hidden(&Tape::off(), &run, Forward::default()).unwrap().into_tensor();
-    decoder.logits(&states).unwrap().to_f32_vec()
+    decoder.logits(&states).unwrap().to_f32_vec().unwrap()
 }

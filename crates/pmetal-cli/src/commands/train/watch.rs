@@ -335,6 +335,7 @@ pub(super) fn dry_run(
         element_bytes: description.dtype.bytes(),
         adapter_ranks: ranks / decoder.spec.layers.len().max(1),
         checkpointing: config.gradient_checkpointing,
+        on_host: decoder.device().is_host(),
     });
     let trained = 4 * prepared.description.trained_parameters;
     let table = [

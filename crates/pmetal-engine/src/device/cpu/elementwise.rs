@@ -3,7 +3,7 @@
 use rayon::prelude::*;
 
 use super::simd::{Element, multiversion, sigmoid, with_element};
-use crate::device::{GateActivation, RopePairing};
+use crate::device::{GateActivation, RopePairing, RopeRows};
 use crate::random::{RandomKey, WIDE};
 use crate::tensor::Tensor;
 
@@ -86,18 +86,21 @@ multiversion! {
     }
 }
 
-pub(super) fn rope(x: &mut Tensor, cosines: &Tensor, sines: &Tensor, pairing: RopePairing, inverse: bool) {
-    let (head_width, half) = (x.columns(), cosines.columns());
+pub(super) fn rope(x: &mut Tensor, angles: &RopeRows<'_>, inverse: bool) {
+    let (head_width, half) = (x.columns(), angles.cosines.columns());
     if half == 0 || x.elements() == 0 {
         return;
     }
     let token_width = x.elements() / x.shape()[0];
     let direction = if inverse { -1.0 } else { 1.0 };
-    let tables = cosines.as_slice::<f32>().par_chunks(half).zip(sines.as_slice::<f32>().par_chunks(half));
+    let (cosines, sines) = (angles.cosines.as_slice::<f32>(), angles.sines.as_slice::<f32>());
+    let rows = angles.rows.as_slice::<u32>();
     with_element!(x.dtype(), X => {
-        x.as_mut_slice::<X>().par_chunks_mut(token_width).zip(tables).for_each(|(token, (cosines, sines))| {
+        x.as_mut_slice::<X>().par_chunks_mut(token_width).zip(rows).for_each(|(token, &row)| {
+            let start = row as usize * half;
+            let (cosines, sines) = (&cosines[start..start + half], &sines[start..start + half]);
             for head in token.chunks_exact_mut(head_width) {
-                match pairing {
+                match angles.pairing {
                     RopePairing::Halves => rotate_halves(head, cosines, sines, direction),
                     RopePairing::Neighbours => rotate_neighbours(head, cosines, sines, direction),
                 }
@@ -274,8 +277,22 @@ pub(super) fn dropout(x: &Tensor, probability: f32, key: RandomKey, out: &mut Te
     });
 }
 
-pub(super) fn gather_rows(x: &Tensor, indices: &[u32], out: &mut Tensor) {
-    let width = x.columns();
+pub(super) fn uniform(key: RandomKey, bound: f32, out: &mut Tensor) {
+    with_element!(out.dtype(), X => {
+        out.as_mut_slice::<X>().par_chunks_mut(TASK).enumerate().for_each(|(task, out)| {
+            for (group, out) in out.chunks_mut(4).enumerate() {
+                let words = key.block((task * TASK / 4 + group) as u64);
+                for (out, word) in out.iter_mut().zip(words) {
+                    let uniform = (word >> 8) as f32 * (1.0 / (1u32 << 24) as f32);
+                    *out = X::narrow((2.0 * uniform - 1.0) * bound);
+                }
+            }
+        });
+    });
+}
+
+pub(super) fn gather_rows(x: &Tensor, indices: &Tensor, out: &mut Tensor) {
+    let (width, indices) = (x.columns(), indices.as_slice::<u32>());
     with_element!(x.dtype(), X => {
         let source = x.as_slice::<X>();
         out.as_mut_slice::<X>().par_chunks_exact_mut(width).zip(indices).with_min_len(16).for_each(
@@ -284,8 +301,8 @@ pub(super) fn gather_rows(x: &Tensor, indices: &[u32], out: &mut Tensor) {
     });
 }
 
-pub(super) fn scatter_rows(x: &Tensor, indices: &[u32], out: &mut Tensor) {
-    let width = x.columns();
+pub(super) fn scatter_rows(x: &Tensor, indices: &Tensor, out: &mut Tensor) {
+    let (width, indices) = (x.columns(), indices.as_slice::<u32>());
     with_element!(x.dtype(), X => {
         let target = out.as_mut_slice::<X>();
         for (row, &index) in x.as_slice::<X>().chunks_exact(width).zip(indices) {

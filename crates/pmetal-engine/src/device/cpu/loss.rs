@@ -74,13 +74,19 @@ fn row_loss(row: &mut [f32], label: usize, parameters: &CrossEntropyParameters) 
     f64::from(sum).ln() + f64::from(shift) - f64::from(target)
 }
 
-pub(super) fn cross_entropy(logits: &mut Tensor, labels: &[u32], parameters: &CrossEntropyParameters) -> f64 {
+pub(super) fn cross_entropy(logits: &mut Tensor, labels: &[i32], parameters: &CrossEntropyParameters) -> f64 {
     let width = logits.columns();
     let losses: Vec<f64> = logits
         .as_mut_slice::<f32>()
         .par_chunks_mut(width)
         .zip(labels)
-        .map(|(row, &label)| row_loss(row, label as usize, parameters))
+        .map(|(row, &label)| match usize::try_from(label) {
+            Ok(label) => row_loss(row, label, parameters),
+            Err(_) => {
+                row.fill(0.0);
+                0.0
+            }
+        })
         .collect();
     losses.iter().sum()
 }

@@ -10,8 +10,8 @@ pub(crate) mod pool;
 pub(crate) mod simd;
 
 use crate::device::{
-    AdamWParameters, Arithmetic, AttentionParameters, CrossEntropyParameters, Finish, GateActivation,
-    Kernels, NormWeight, Operand, RopePairing, Segment,
+    AdamWControl, AdamWEntry, Arithmetic, AttentionMask, AttentionParameters, CrossEntropyParameters, Finish,
+    GateActivation, Kernels, NormWeight, Operand, RopeRows, Sum,
 };
 use crate::error::{Error, Result};
 use crate::random::RandomKey;
@@ -46,6 +46,22 @@ fn elements_mut(tensor: &mut Tensor) -> gemm::ElementsMut<'_> {
     }
 }
 
+fn attention_inputs<'a>(
+    parameters: &'a AttentionParameters,
+    mask: &'a AttentionMask,
+    [q, k, v]: [&'a Tensor; 3],
+    sinks: Option<&'a Tensor>,
+) -> attention::Inputs<'a> {
+    attention::Inputs {
+        parameters,
+        segments: mask.segments(),
+        q: elements(q),
+        k: elements(k),
+        v: elements(v),
+        sinks: sinks.map(Tensor::as_slice::<f32>),
+    }
+}
+
 fn unsupported(operation: &'static str, reason: String) -> Error {
     Error::Unsupported { operation, device: "cpu", reason }
 }
@@ -69,8 +85,11 @@ impl Kernels for Cpu {
         let epilogue = gemm::Epilogue {
             scale: finish.scale,
             bias: finish.bias.map(Tensor::as_slice::<f32>),
-            accumulate: finish.accumulate,
+            accumulate: finish.accumulate || finish.residual.is_some(),
         };
+        if let Some(residual) = finish.residual {
+            out.write_rows(0, residual)?;
+        }
         let (rows, columns) = (out.rows(), out.columns());
         let matrix = match out.dtype() {
             DType::F32 => gemm::MatrixMut::row_major(out.as_mut_slice::<f32>(), rows, columns),
@@ -120,14 +139,14 @@ impl Kernels for Cpu {
         norm::backward(x, weight, kind, epsilon, d_out, d_x, d_weight);
     }
 
-    fn rope(&self, x: &mut Tensor, cosines: &Tensor, sines: &Tensor, pairing: RopePairing, inverse: bool) {
-        elementwise::rope(x, cosines, sines, pairing, inverse);
+    fn rope(&self, x: &mut Tensor, angles: &RopeRows<'_>, inverse: bool) {
+        elementwise::rope(x, angles, inverse);
     }
 
     fn attention(
         &self,
         parameters: &AttentionParameters,
-        segments: &[Segment],
+        mask: &AttentionMask,
         q: &Tensor,
         k: &Tensor,
         v: &Tensor,
@@ -135,21 +154,14 @@ impl Kernels for Cpu {
         out: &mut Tensor,
         log_sum_exp: &mut Tensor,
     ) {
-        let inputs = attention::Inputs {
-            parameters,
-            segments,
-            q: elements(q),
-            k: elements(k),
-            v: elements(v),
-            sinks: sinks.map(Tensor::as_slice::<f32>),
-        };
+        let inputs = attention_inputs(parameters, mask, [q, k, v], sinks);
         attention::forward(&inputs, elements_mut(out), log_sum_exp.as_mut_slice::<f32>());
     }
 
     fn attention_backward(
         &self,
         parameters: &AttentionParameters,
-        segments: &[Segment],
+        mask: &AttentionMask,
         inputs: [&Tensor; 3],
         sinks: Option<&Tensor>,
         out: &Tensor,
@@ -158,15 +170,7 @@ impl Kernels for Cpu {
         d_inputs: [&mut Tensor; 3],
         d_sinks: Option<&mut Tensor>,
     ) {
-        let [q, k, v] = inputs;
-        let inputs = attention::Inputs {
-            parameters,
-            segments,
-            q: elements(q),
-            k: elements(k),
-            v: elements(v),
-            sinks: sinks.map(Tensor::as_slice::<f32>),
-        };
+        let inputs = attention_inputs(parameters, mask, inputs, sinks);
         let lse = log_sum_exp.as_slice::<f32>();
         let saved = attention::Saved { out: elements(out), lse, d_out: elements(d_out) };
         let mut own_sinks = d_sinks.as_ref().map(|_| vec![0.0; parameters.query_heads]);
@@ -216,30 +220,35 @@ impl Kernels for Cpu {
         elementwise::dropout(x, probability, key, out, accumulate);
     }
 
-    fn gather_rows(&self, x: &Tensor, indices: &[u32], out: &mut Tensor) {
+    fn uniform(&self, key: RandomKey, bound: f32, out: &mut Tensor) {
+        elementwise::uniform(key, bound, out);
+    }
+
+    fn gather_rows(&self, x: &Tensor, indices: &Tensor, out: &mut Tensor) {
         elementwise::gather_rows(x, indices, out);
     }
 
-    fn scatter_rows(&self, x: &Tensor, indices: &[u32], out: &mut Tensor) {
+    fn scatter_rows(&self, x: &Tensor, indices: &Tensor, out: &mut Tensor) {
         elementwise::scatter_rows(x, indices, out);
     }
 
-    fn cross_entropy(&self, logits: &mut Tensor, labels: &[u32], parameters: &CrossEntropyParameters) -> f64 {
-        loss::cross_entropy(logits, labels, parameters)
-    }
-
-    fn sum_of_squares(&self, x: &Tensor) -> f64 {
-        optimizer::sum_of_squares(x)
-    }
-
-    fn adamw(
+    fn cross_entropy(
         &self,
-        parameters: &AdamWParameters,
-        value: &mut Tensor,
-        gradient: &Tensor,
-        first_moment: &mut Tensor,
-        second_moment: &mut Tensor,
-    ) {
-        optimizer::adamw(parameters, value, gradient, first_moment, second_moment);
+        mut logits: Tensor,
+        labels: &Tensor,
+        parameters: &CrossEntropyParameters,
+        sum: &mut Sum,
+        _gradient: DType,
+    ) -> Result<Tensor> {
+        sum.host += loss::cross_entropy(&mut logits, labels.as_slice::<i32>(), parameters);
+        Ok(logits)
+    }
+
+    fn sum_of_squares(&self, tensors: &[&Tensor], sum: &mut Sum) {
+        sum.host += tensors.iter().map(|tensor| optimizer::sum_of_squares(tensor)).sum::<f64>();
+    }
+
+    fn adamw(&self, entries: &mut [AdamWEntry<'_>], control: &AdamWControl, squares: Option<&Sum>) {
+        optimizer::adamw(entries, &control.constants, squares.map(|squares| squares.host));
     }
 }

@@ -68,7 +68,9 @@ multiversion! {
 
 /// The factors that multiply the normalised row, as f32.
 fn factors(weight: Option<&Tensor>, kind: NormWeight, width: usize) -> Vec<f32> {
-    let mut factors = weight.map_or_else(|| vec![1.0; width], Tensor::to_f32_vec);
+    let values =
+        |weight: &Tensor| weight.to_f32_vec().expect("invariant: host tensors are read without fail");
+    let mut factors = weight.map_or_else(|| vec![1.0; width], values);
     if weight.is_some() && kind == NormWeight::PlusOne {
         factors.iter_mut().for_each(|factor| *factor += 1.0);
     }

@@ -3,7 +3,7 @@
 use rayon::prelude::*;
 
 use super::simd::{LANES, multiversion};
-use crate::device::AdamWParameters;
+use crate::device::{AdamWEntry, AdamWParameters};
 use crate::tensor::Tensor;
 
 /// Elements that one task takes; also the unit in which norms are summed, so it is fixed.
@@ -32,38 +32,35 @@ multiversion! {
     }
 }
 
-pub(super) fn adamw(
-    parameters: &AdamWParameters,
-    value: &mut Tensor,
-    gradient: &Tensor,
-    first_moment: &mut Tensor,
-    second_moment: &mut Tensor,
-) {
+pub(super) fn adamw(entries: &mut [AdamWEntry<'_>], parameters: &AdamWParameters, squares: Option<f64>) {
+    let Some(gradient_scale) = parameters.clipped_scale(squares) else { return };
     // Corrections in f64, as the step count makes powers that f32 loses.
     let step = f64::from(parameters.step);
     let first_correction = 1.0 - parameters.beta1.powf(step);
     let second_correction = (1.0 - parameters.beta2.powf(step)).sqrt();
     let rate = parameters.learning_rate;
-    let constants = Constants {
-        gradient_scale: parameters.gradient_scale,
-        keep: (1.0 - rate * parameters.weight_decay) as f32,
-        first_share: (1.0 - parameters.beta1) as f32,
-        second_keep: parameters.beta2 as f32,
-        second_share: (1.0 - parameters.beta2) as f32,
-        step_size: (rate / first_correction) as f32,
-        second_correction: second_correction as f32,
-        epsilon: parameters.epsilon as f32,
-    };
-    let gradient = gradient.as_slice::<f32>();
-    value
-        .as_mut_slice::<f32>()
-        .par_chunks_mut(TASK)
-        .zip(first_moment.as_mut_slice::<f32>().par_chunks_mut(TASK))
-        .zip(second_moment.as_mut_slice::<f32>().par_chunks_mut(TASK))
-        .zip(gradient.par_chunks(TASK))
-        .for_each(|(((value, first), second), gradient)| {
-            adamw_task(&constants, value, gradient, first, second)
-        });
+    for entry in entries {
+        let decay = if entry.decays { parameters.weight_decay } else { 0.0 };
+        let constants = Constants {
+            gradient_scale,
+            keep: (1.0 - rate * decay) as f32,
+            first_share: (1.0 - parameters.beta1) as f32,
+            second_keep: parameters.beta2 as f32,
+            second_share: (1.0 - parameters.beta2) as f32,
+            step_size: (rate / first_correction) as f32,
+            second_correction: second_correction as f32,
+            epsilon: parameters.epsilon as f32,
+        };
+        let gradient = entry.gradient.as_slice::<f32>();
+        let (first, second) = (entry.first.as_mut_slice::<f32>(), entry.second.as_mut_slice::<f32>());
+        (entry.value.as_mut_slice::<f32>().par_chunks_mut(TASK))
+            .zip(first.par_chunks_mut(TASK))
+            .zip(second.par_chunks_mut(TASK))
+            .zip(gradient.par_chunks(TASK))
+            .for_each(|(((value, first), second), gradient)| {
+                adamw_task(&constants, value, gradient, first, second)
+            });
+    }
 }
 
 multiversion! {

@@ -10,6 +10,21 @@ pub(crate) trait Runtime: Send + Sync {
     /// A short name such as `cuda`.
     fn name(&self) -> &'static str;
 
+    /// What the device is called, such as `NVIDIA H200`.
+    fn description(&self) -> &str;
+
+    /// Whether its matrix units multiply bf16.
+    fn has_bf16(&self) -> bool;
+
+    /// What decides which kernels it runs.
+    fn facts(&self) -> DeviceFacts;
+
+    /// Free and total bytes of the device, over all processes.
+    ///
+    /// # Errors
+    /// [`crate::Error::Driver`] where the driver does not tell.
+    fn memory(&self) -> Result<(usize, usize)>;
+
     /// Memory at an address that 256 divides, contents undefined; `None` when the device has no more.
     fn allocate(&self, bytes: usize) -> Option<u64>;
 
@@ -44,11 +59,48 @@ pub(crate) trait Runtime: Send + Sync {
     /// [`crate::Error::Unsupported`] for a combination of types that the library does not multiply.
     fn gemm(&self, gemm: &Gemm) -> Result<()>;
 
+    /// Starts to record instead of running; false where the device cannot.
+    ///
+    /// # Errors
+    /// [`crate::Error::Driver`] while another recording goes on, or where the driver refuses.
+    fn begin_recording(&self) -> Result<bool>;
+
+    /// Stops to record.
+    ///
+    /// # Errors
+    /// [`crate::Error::Driver`] with the first failure so far.
+    fn end_recording(&self) -> Result<Box<dyn Replay>>;
+
+    /// Keeps a failure that happened on the way to a launch, as one of the device's own.
+    fn fail(&self, call: &'static str, reason: &str);
+
     /// Waits for all work.
     ///
     /// # Errors
     /// [`crate::Error::Driver`] with the first failure so far.
     fn synchronize(&self) -> Result<()>;
+}
+
+/// Recorded work.
+pub(crate) trait Replay {
+    /// Enqueues it once more.
+    fn replay(&self);
+
+    /// How many operations it repeats.
+    fn operations(&self) -> usize;
+}
+
+/// What the choice of kernels depends on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct DeviceFacts {
+    /// NVIDIA's compute capability, major and minor; zeros for devices of others.
+    pub(crate) capability: (u32, u32),
+    /// How many blocks run at one time where each needs a multiprocessor to itself.
+    pub(crate) multiprocessors: usize,
+    /// Shared memory that one block can have.
+    pub(crate) shared_bytes_per_block: usize,
+    /// Whether a second run must compute the same bits.
+    pub(crate) deterministic: bool,
 }
 
 /// Kernel text, compiled once per set of macros.
@@ -86,12 +138,32 @@ pub(crate) enum Argument {
     Address(u64),
     /// `unsigned int`.
     U32(u32),
-    /// `int`.
-    I32(i32),
     /// `unsigned long long`.
     U64(u64),
     /// `float`.
     F32(f32),
+    /// A description for the copy engine, 128 bytes by value.
+    TensorMap(TensorMap),
+}
+
+/// A matrix of heads \[rows, heads, width\] that the copy engine brings in by boxes of 64 columns of one head, swizzled by
+/// 128 bytes; what lies outside comes as zeros.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct TensorMap {
+    /// Its first element; 16 divides it.
+    pub(crate) address: u64,
+    /// Element type.
+    pub(crate) dtype: DType,
+    /// Columns of a head; a multiple of 16 bytes.
+    pub(crate) width: usize,
+    /// Heads of a row.
+    pub(crate) heads: usize,
+    /// Rows.
+    pub(crate) rows: usize,
+    /// Elements from one row to the next; a multiple of 16 bytes.
+    pub(crate) pitch: usize,
+    /// Rows of a box, at most 256.
+    pub(crate) box_rows: usize,
 }
 
 /// A row-major matrix in device memory.

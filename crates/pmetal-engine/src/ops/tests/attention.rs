@@ -1,7 +1,7 @@
 use std::sync::Arc;
 
 use super::*;
-use crate::device::{AttentionParameters, Segment};
+use crate::device::{AttentionMask, AttentionParameters, Segment};
 use crate::error::Error;
 use crate::{ops, reference};
 
@@ -58,7 +58,9 @@ fn run(p: &AttentionParameters, segments: &[Segment], dtype: DType, inputs: &[Ve
         (!inputs[3].is_empty()).then(|| weight(&device, true, DType::F32, &[p.query_heads], &inputs[3]));
     let segments: Arc<[Segment]> = segments.into();
     let vars = [&leaves[0], &leaves[1], &leaves[2]];
-    let y = ops::attention(&tape, p, &segments, vars, sinks.as_ref()).unwrap();
+    let rows = [vars[0].tensor().shape()[0], vars[1].tensor().shape()[0]];
+    let mask = AttentionMask::new(&device, p, segments, rows).unwrap();
+    let y = ops::attention(&tape, p, &mask, vars, sinks.as_ref()).unwrap();
     let d_out = tensor(&device, dtype, &[tokens, p.query_heads, p.value_width], d_y);
     let out = wide(y.tensor());
     let mut gradients = tape.backward(&y, d_out).unwrap();
@@ -211,7 +213,8 @@ fn parameters_and_segments_that_do_not_fit_are_refused() {
         let (q, k) = (var(DType::F32, p.query_heads), var(k_type, p.key_value_heads));
         let sinks = weight(&device, false, DType::F32, &[sinks], &vec![0.0; sinks]);
         let segments: Arc<[Segment]> = [segment].into();
-        ops::attention(&Tape::off(), &p, &segments, [&q, &k, &k], Some(&sinks)).map(|_| ())
+        let mask = AttentionMask::new(&device, &p, segments, [4, 4])?;
+        ops::attention(&Tape::off(), &p, &mask, [&q, &k, &k], Some(&sinks)).map(|_| ())
     };
     let whole = Segment { query_start: 0, query_length: 4, key_start: 0, key_length: 4 };
     attend(PLAIN, whole, DType::F32, 2).unwrap();

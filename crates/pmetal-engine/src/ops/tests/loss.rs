@@ -2,7 +2,7 @@ use super::*;
 use crate::device::CrossEntropyParameters;
 use crate::error::Error;
 use crate::ops::loss::in_chunks;
-use crate::ops::{self, CrossEntropy};
+use crate::ops::{self, CrossEntropy, Targets};
 use crate::reference;
 
 const PLAIN: CrossEntropyParameters =
@@ -14,6 +14,12 @@ fn labels(tokens: usize, vocabulary: usize) -> Vec<i32> {
     (0..tokens)
         .map(|token| if token % 3 == 2 { -100 } else { (key.word(token as u64) % vocabulary as u32) as i32 })
         .collect()
+}
+
+/// [`ops::linear_cross_entropy`] of [`PLAIN`] with labels as a batch gives them.
+fn plain(tape: &Tape, hidden: &Var, weight: &Weight, labels: &[i32]) -> crate::Result<CrossEntropy> {
+    let targets = Targets::new(hidden.tensor().device(), labels, weight.shape()[0])?;
+    ops::linear_cross_entropy(tape, hidden, weight, &targets, &PLAIN)
 }
 
 struct Head {
@@ -35,9 +41,10 @@ fn head(
     let tape = Tape::recording();
     let hidden = tape.leaf(tensor(device, dtype, &[labels.len(), width], x));
     let weight = weight(device, true, DType::F32, &[w.len() / width, width], w);
+    let targets = Targets::new(device, labels, weight.shape()[0]).unwrap();
     let loss = match chunk_rows {
-        Some(rows) => in_chunks(&tape, &hidden, &weight, labels, parameters, rows),
-        None => ops::linear_cross_entropy(&tape, &hidden, &weight, labels, parameters),
+        Some(rows) => in_chunks(&tape, &hidden, &weight, &targets, parameters, rows),
+        None => ops::linear_cross_entropy(&tape, &hidden, &weight, &targets, parameters),
     };
     Head { loss: loss.unwrap(), hidden, weight, tape }
 }
@@ -62,7 +69,7 @@ fn cross_entropy_and_its_gradients_agree_with_the_reference() {
                 let function = |inputs: &[Vec<f64>]| {
                     vec![reference::cross_entropy(&inputs[0], &inputs[1], width, &labels, scale, cap)]
                 };
-                assert_close(&what, &[loss.sum], &function(&inputs), F32_ERROR);
+                assert_close(&what, &[loss.sum.read().unwrap()], &function(&inputs), F32_ERROR);
                 assert_eq!(loss.tokens, labels.iter().filter(|&&label| label != -100).count());
                 let mut gradients = tape.backward(&hidden, loss.d_hidden.unwrap()).unwrap();
                 let ours = [arrived(&mut gradients, &hidden), gradient_of(&weight)];
@@ -82,7 +89,11 @@ fn chunks_change_neither_the_loss_nor_its_gradients() {
     let labels = labels(tokens, vocabulary);
     let run = |rows: Option<usize>| {
         let head = head(&device, DType::F32, [&inputs[0], &inputs[1]], &labels, &PLAIN, rows);
-        (head.loss.sum, wide(&head.loss.d_hidden.unwrap()), gradient_of(&head.weight).unwrap())
+        (
+            head.loss.sum.read().unwrap(),
+            wide(&head.loss.d_hidden.unwrap()),
+            gradient_of(&head.weight).unwrap(),
+        )
     };
     let whole = run(None);
     for rows in [1, 2, 7, 88, 1000] {
@@ -108,9 +119,9 @@ fn workspace_stays_within_one_chunk() {
         drop(head);
         device.memory().report().peak(Category::Workspace) - before
     };
-    // f32 logits, and hidden states and their gradient in bf16.
+    // f32 logits, hidden states and their gradient in bf16, and each row's place and label.
     for rows in [1, 8, 80] {
-        assert_eq!(peak(rows), rows * (4 * vocabulary + 2 * 2 * width));
+        assert_eq!(peak(rows), rows * (4 * vocabulary + 2 * 2 * width + 2 * 4));
     }
 }
 
@@ -124,10 +135,10 @@ fn logits_of_a_large_vocabulary_take_at_most_48_mebibytes() {
     let tape = Tape::off();
     let hidden = Var::constant(tensor(&device, DType::F32, &[tokens, width], &x));
     let weight = weight(&device, false, DType::Bf16, &[vocabulary, width], &w);
-    let loss = ops::linear_cross_entropy(&tape, &hidden, &weight, &labels, &PLAIN).unwrap();
+    let loss = plain(&tape, &hidden, &weight, &labels).unwrap();
     let peak = device.memory().report().peak(Category::Workspace);
-    assert!(loss.sum.is_finite() && loss.d_hidden.is_none());
-    assert!(peak > 40 << 20 && peak <= (48 << 20) + tokens * width * 4, "{peak}");
+    assert!(loss.sum.read().unwrap().is_finite() && loss.d_hidden.is_none());
+    assert!(peak > 40 << 20 && peak <= (48 << 20) + tokens * (width * 4 + 8), "{peak}");
 }
 
 #[test]
@@ -136,15 +147,14 @@ fn labels_that_are_not_trained_cost_nothing() {
     let inputs = [numbers("x", 5 * 4, DType::F32), numbers("W", 9 * 4, DType::F32)];
     device.memory().reset_peak();
     let head = head(&device, DType::F32, [&inputs[0], &inputs[1]], &[-100; 5], &PLAIN, None);
-    assert_eq!((head.loss.sum, head.loss.tokens), (0.0, 0));
+    assert_eq!((head.loss.sum.read().unwrap(), head.loss.tokens), (0.0, 0));
     assert_eq!(device.memory().report().peak(Category::Workspace), 0);
     assert_eq!(wide(&head.loss.d_hidden.unwrap()), [0.0; 20]);
     assert!(parameter(&head.weight).gradient().is_none());
     let (tape, none) =
         (Tape::recording(), Tensor::zeros(&device, Category::Activations, DType::F32, &[0, 4]));
-    let loss =
-        ops::linear_cross_entropy(&tape, &tape.leaf(none.unwrap()), &head.weight, &[], &PLAIN).unwrap();
-    assert_eq!((loss.sum, loss.tokens, loss.d_hidden.unwrap().elements()), (0.0, 0, 0));
+    let loss = plain(&tape, &tape.leaf(none.unwrap()), &head.weight, &[]).unwrap();
+    assert_eq!((loss.sum.read().unwrap(), loss.tokens, loss.d_hidden.unwrap().elements()), (0.0, 0, 0));
 }
 
 #[test]
@@ -154,12 +164,12 @@ fn no_gradient_is_computed_when_nothing_records() {
     let weight = weight(&device, true, DType::F32, &[9, 4], &inputs[1]);
     let hidden = Var::constant(tensor(&device, DType::F32, &[5, 4], &inputs[0]));
     let labels = labels(5, 9);
-    let loss = ops::linear_cross_entropy(&Tape::off(), &hidden, &weight, &labels, &PLAIN).unwrap();
+    let loss = plain(&Tape::off(), &hidden, &weight, &labels).unwrap();
     let expected = reference::cross_entropy(&inputs[0], &inputs[1], 4, &labels, 1.0, None);
-    assert_close("loss", &[loss.sum], &[expected], F32_ERROR);
+    assert_close("loss", &[loss.sum.read().unwrap()], &[expected], F32_ERROR);
     assert!(loss.d_hidden.is_none() && parameter(&weight).gradient().is_none());
     // While recording, hidden states without a slot get none, and the head's weight gets its own.
-    let loss = ops::linear_cross_entropy(&Tape::recording(), &hidden, &weight, &labels, &PLAIN).unwrap();
+    let loss = plain(&Tape::recording(), &hidden, &weight, &labels).unwrap();
     assert!(loss.d_hidden.is_none() && parameter(&weight).gradient().is_some());
 }
 
@@ -167,7 +177,12 @@ fn no_gradient_is_computed_when_nothing_records() {
 fn huge_logits_give_a_finite_loss() {
     let device = Device::cpu();
     let head = head(&device, DType::F32, [&[1e4, 1.0], &[1.0, -1.0, 0.5]], &[1, 0], &PLAIN, None);
-    assert_close("loss", &[head.loss.sum], &[2e4 + (1.0 + (-2.0_f64).exp() + (-0.5_f64).exp()).ln()], 1e-6);
+    assert_close(
+        "loss",
+        &[head.loss.sum.read().unwrap()],
+        &[2e4 + (1.0 + (-2.0_f64).exp() + (-0.5_f64).exp()).ln()],
+        1e-6,
+    );
     assert!(wide(&head.loss.d_hidden.unwrap()).iter().all(|value| value.is_finite()));
 }
 
@@ -178,7 +193,7 @@ fn cross_entropy_has_the_same_bits_everywhere() {
         let inputs = [numbers("x", 60 * 20, DType::F32), numbers("W", 333 * 20, DType::F32)];
         let capped = CrossEntropyParameters { logit_scale: 2.0, softcap: Some(3.0), gradient_scale: 0.1 };
         let head = head(&device, DType::F32, [&inputs[0], &inputs[1]], &labels(60, 333), &capped, Some(13));
-        let sum = head.loss.sum.to_bits();
+        let sum = head.loss.sum.read().unwrap().to_bits();
         vec![
             vec![sum as u32, (sum >> 32) as u32],
             bits(&head.loss.d_hidden.unwrap()),
@@ -192,8 +207,7 @@ fn labels_beyond_the_vocabulary_are_refused() {
     let device = Device::cpu();
     let weight = weight(&device, false, DType::F32, &[9, 4], &[0.0; 36]);
     let hidden = Var::constant(tensor(&device, DType::F32, &[2, 4], &[0.0; 8]));
-    let run =
-        |labels: &[i32]| ops::linear_cross_entropy(&Tape::off(), &hidden, &weight, labels, &PLAIN).err();
+    let run = |labels: &[i32]| plain(&Tape::off(), &hidden, &weight, labels).err();
     let error = run(&[0, 9]).unwrap();
     assert!(matches!(error, Error::Range { actual: 9, limit: 9, .. }), "{error}");
     assert!(matches!(run(&[0]).unwrap(), Error::Shape { .. }));

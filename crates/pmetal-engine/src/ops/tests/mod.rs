@@ -70,11 +70,11 @@ pub(super) fn arrived(gradients: &mut Gradients, leaf: &Var) -> Option<Vec<f64>>
 }
 
 pub(super) fn wide(tensor: &Tensor) -> Vec<f64> {
-    tensor.to_f32_vec().into_iter().map(f64::from).collect()
+    tensor.to_f32_vec().unwrap().into_iter().map(f64::from).collect()
 }
 
 pub(super) fn bits(tensor: &Tensor) -> Vec<u32> {
-    tensor.to_f32_vec().into_iter().map(f32::to_bits).collect()
+    tensor.to_f32_vec().unwrap().into_iter().map(f32::to_bits).collect()
 }
 
 /// A value with or without a wish for its gradient.

@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use super::*;
 use crate::device::{
-    AttentionParameters, CrossEntropyParameters, GateActivation, NormWeight, RopePairing, Segment,
+    AttentionMask, AttentionParameters, CrossEntropyParameters, GateActivation, NormWeight, RopePairing,
+    Segment,
 };
 use crate::error::{Error, Result};
 use crate::ops::{self, Dropout, Linear, LinearOptions, Lora, RopeTable};
@@ -138,7 +139,9 @@ impl Block {
         let k = ops::rope(tape, k, &self.table)?;
         let v = self.linear(tape, &normed, 2, None)?.reshape(&[TOKENS, 2, 6])?;
         drop(normed);
-        let attended = ops::attention(tape, &ATTENTION, &self.segments, [&q, &k, &v], None)?;
+        let rows = [TOKENS, TOKENS];
+        let mask = AttentionMask::new(q.tensor().device(), &ATTENTION, Arc::clone(&self.segments), rows)?;
+        let attended = ops::attention(tape, &ATTENTION, &mask, [&q, &k, &v], None)?;
         let middle = self.linear(tape, &attended, 3, Some(x))?;
         let normed = ops::rms_norm(tape, &middle, Some(&self.norms[1]), NormWeight::Plain, EPSILON)?;
         let gate = self.linear(tape, &normed, 4, None)?;
@@ -344,6 +347,7 @@ fn a_step_of_training_lowers_the_loss() {
     let block = build(&device, 0, DType::F32, Trained::Everything, None);
     let ids: Vec<u32> = (0..TOKENS as u32).map(|token| token * 7 % VOCABULARY as u32).collect();
     let labels: Vec<i32> = ids.iter().map(|&id| ((id + 3) % VOCABULARY as u32) as i32).collect();
+    let targets = ops::Targets::new(&device, &labels, VOCABULARY).unwrap();
     let id_tensor = Tensor::from_slice(&device, Category::Activations, &[TOKENS], &ids).unwrap();
     let shape = [VOCABULARY, WIDTH];
     // One table for both ends, as in models with tied embeddings.
@@ -358,9 +362,9 @@ fn a_step_of_training_lowers_the_loss() {
         let tape = Tape::recording();
         let x = ops::embedding(&tape, &id_tensor, &tied, 1.0, None, DType::F32).unwrap();
         let hidden = block.forward(&tape, &x).unwrap();
-        let loss = ops::linear_cross_entropy(&tape, &hidden, &tied, &labels, &loss_parameters).unwrap();
+        let loss = ops::linear_cross_entropy(&tape, &hidden, &tied, &targets, &loss_parameters).unwrap();
         tape.backward(&hidden, loss.d_hidden.unwrap()).unwrap();
-        losses.push(loss.sum / loss.tokens as f64);
+        losses.push(loss.sum.read().unwrap() / loss.tokens as f64);
         let constants = crate::device::AdamWParameters {
             learning_rate: 2e-2,
             beta1: 0.9,
@@ -368,7 +372,8 @@ fn a_step_of_training_lowers_the_loss() {
             epsilon: 1e-8,
             weight_decay: 0.0,
             step,
-            gradient_scale: (1.0 / ops::global_norm(&parameters).max(1.0)) as f32,
+            gradient_scale: (1.0 / ops::global_norm(&parameters).unwrap().max(1.0)) as f32,
+            max_norm: 0.0,
         };
         for (parameter, state) in parameters.iter().zip(&mut states) {
             ops::adamw_step(parameter, state, &constants).unwrap();

@@ -57,7 +57,7 @@ pub struct Segment {
 
 impl Segment {
     /// The keys, relative to the segment's first, that its query sees. Both ends grow with the query.
-    fn visible(&self, parameters: &AttentionParameters, query: usize) -> Range<usize> {
+    pub(crate) fn visible(&self, parameters: &AttentionParameters, query: usize) -> Range<usize> {
         let position = (query + self.key_length) as i64 - self.query_length as i64;
         let (mut start, mut end) = (0, self.key_length as i64);
         if parameters.causal || parameters.window.is_some() {

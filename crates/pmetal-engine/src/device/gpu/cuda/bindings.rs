@@ -75,11 +75,11 @@ functions!(Driver {
     cuFuncSetAttribute(Handle, i32, i32) -> i32;
     cuFuncGetAttribute(*mut i32, i32, Handle) -> i32;
     cuLaunchKernel(Handle, u32, u32, u32, u32, u32, u32, u32, Handle, *mut *mut c_void, *mut *mut c_void) -> i32;
+    cuTensorMapEncodeTiled(*mut EncodedMap, i32, u32, u64, *const u64, *const u64, *const u32, *const u32, i32, i32, i32, i32) -> i32;
     cuEventCreate(*mut Handle, u32) -> i32;
     cuEventDestroy_v2(Handle) -> i32;
     cuEventRecord(Handle, Handle) -> i32;
     cuEventSynchronize(Handle) -> i32;
-    cuEventQuery(Handle) -> i32;
     cuEventElapsedTime(*mut f32, Handle, Handle) -> i32;
     cuStreamBeginCapture_v2(Handle, i32) -> i32;
     cuStreamEndCapture(Handle, *mut Handle) -> i32;
@@ -151,6 +151,11 @@ pub(super) struct CopyRows {
     pub(super) rows: usize,
 }
 
+/// `CUtensorMap`: opaque.
+#[repr(C, align(64))]
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct EncodedMap(pub(super) [u64; 16]);
+
 /// `cublasLtMatmulAlgo_t`: opaque, and documented as safe to store as bytes for the same library version.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -169,8 +174,6 @@ pub(super) struct Candidate {
 
 pub(super) const SUCCESS: i32 = 0;
 pub(super) const OUT_OF_MEMORY: i32 = 2;
-pub(super) const NOT_READY: i32 = 600;
-
 pub(super) const ATTRIBUTE_MULTIPROCESSORS: i32 = 16;
 pub(super) const ATTRIBUTE_L2_BYTES: i32 = 38;
 pub(super) const ATTRIBUTE_CAPABILITY_MAJOR: i32 = 75;
@@ -179,6 +182,13 @@ pub(super) const ATTRIBUTE_SHARED_BYTES_OPT_IN: i32 = 97;
 
 pub(super) const FUNCTION_SHARED_BYTES: i32 = 1;
 pub(super) const FUNCTION_MAX_DYNAMIC_SHARED_BYTES: i32 = 8;
+
+pub(super) const MAP_F16: i32 = 6;
+pub(super) const MAP_BF16: i32 = 9;
+pub(super) const MAP_INTERLEAVE_NONE: i32 = 0;
+pub(super) const MAP_SWIZZLE_128: i32 = 3;
+pub(super) const MAP_L2_PROMOTION_128: i32 = 2;
+pub(super) const MAP_OUTSIDE_IS_ZERO: i32 = 0;
 
 pub(super) const STREAM_NON_BLOCKING: u32 = 1;
 pub(super) const EVENT_DISABLE_TIMING: u32 = 2;

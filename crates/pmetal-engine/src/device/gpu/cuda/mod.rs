@@ -11,6 +11,7 @@ mod pool;
 mod problem;
 mod staging;
 mod stream;
+mod tensor_map;
 #[cfg(test)]
 mod tests;
 
@@ -22,13 +23,15 @@ pub use discovery::{CudaLibrary, cuda_libraries};
 pub use stream::{CudaDevice, cuda_devices};
 
 pub(crate) use graph::Graph;
+#[cfg(test)]
 pub(crate) use pool::PoolReport;
+#[cfg(test)]
 pub(crate) use staging::{Event, PinnedBuffer};
 
-use super::runtime::{Argument, Gemm, Launch, ModuleText, Runtime};
+use super::runtime::{Argument, DeviceFacts, Gemm, Launch, ModuleText, Replay, Runtime};
 use crate::DType;
 use crate::error::{Error, Result};
-use bindings::{CAPTURE_THREAD_LOCAL, CopyRows, Handle, MEMORY_DEVICE, SUCCESS};
+use bindings::{CAPTURE_THREAD_LOCAL, CopyRows, EncodedMap, Handle, MEMORY_DEVICE, SUCCESS};
 use compile::Modules;
 use disk::DiskCache;
 use gemm::Products;
@@ -57,6 +60,7 @@ impl CudaOptions {
 }
 
 /// What was done so far, for reports and tests.
+#[cfg(test)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(crate) struct Counts {
     /// Modules that the compiler translated.
@@ -105,34 +109,25 @@ impl Cuda {
     }
 
     /// What the device is.
+    #[cfg(test)]
     pub(crate) fn device(&self) -> &CudaDevice {
         &self.stream.device
     }
 
-    /// Free and total bytes of the device, over all processes.
-    ///
-    /// # Errors
-    /// [`Error::Driver`] where the driver does not tell.
-    pub(crate) fn memory(&self) -> Result<(usize, usize)> {
-        self.stream.memory()
-    }
-
     /// Sizes of the allocator.
+    #[cfg(test)]
     pub(crate) fn pool_report(&self) -> PoolReport {
         lock(&self.pool).report()
     }
 
-    /// Makes sure that `bytes` in one piece are there without asking the driver; false when they are not to be had.
-    pub(crate) fn reserve(&self, bytes: usize) -> bool {
-        lock(&self.pool).reserve(bytes)
-    }
-
     /// Gives unused memory back to the driver and returns its bytes.
+    #[cfg(test)]
     pub(crate) fn trim(&self) -> usize {
         lock(&self.pool).trim()
     }
 
     /// What was done so far.
+    #[cfg(test)]
     pub(crate) fn counts(&self) -> Counts {
         let modules = lock(&self.modules);
         Counts {
@@ -146,6 +141,7 @@ impl Cuda {
     ///
     /// # Errors
     /// [`Error::Driver`] where none can be made.
+    #[cfg(test)]
     pub(crate) fn event(&self) -> Result<Event> {
         let event = Event::new(&self.stream, true)?;
         event.record();
@@ -156,11 +152,13 @@ impl Cuda {
     ///
     /// # Errors
     /// [`Error::Driver`] where there is none.
+    #[cfg(test)]
     pub(crate) fn pinned(&self, bytes: usize) -> Result<PinnedBuffer> {
         PinnedBuffer::new(&self.stream, bytes)
     }
 
     /// Copies to the device without waiting; allowed in a capture, whose replays read the buffer again.
+    #[cfg(test)]
     pub(crate) fn upload_pinned(&self, source: &PinnedBuffer, address: u64) {
         let bytes = source.as_slice();
         // SAFETY: dropping the buffer waits for the stream; the caller owns as many bytes at the address.
@@ -176,6 +174,7 @@ impl Cuda {
     }
 
     /// Copies from the device without waiting: read it after an event. Allowed in a capture.
+    #[cfg(test)]
     pub(crate) fn download_pinned(&self, address: u64, target: &mut PinnedBuffer) {
         let bytes = target.as_mut_slice();
         // SAFETY: dropping the buffer waits for the stream; the caller owns as many bytes at the address.
@@ -244,8 +243,11 @@ impl Cuda {
                 format!("{} parameters, at most 64 can be passed", launch.arguments.len()),
             ));
         }
+        let maps = tensor_map::encode(&self.stream, launch.arguments)?;
+        let mut next_map = maps.iter();
         for (pointer, argument) in pointers.iter_mut().zip(launch.arguments) {
-            *pointer = argument.pointer().cast_mut();
+            let map = if matches!(argument, Argument::TensorMap(_)) { next_map.next() } else { None };
+            *pointer = map.map_or(argument.pointer(), |map| std::ptr::from_ref(map).cast()).cast_mut();
         }
         let ([x, y, z], [width, height, depth], shared) = (launch.grid, launch.block, launch.shared_bytes);
         let none = std::ptr::null_mut();
@@ -343,7 +345,8 @@ impl Argument {
     fn bytes(&self) -> usize {
         match self {
             Self::Address(_) | Self::U64(_) => 8,
-            Self::U32(_) | Self::I32(_) | Self::F32(_) => 4,
+            Self::U32(_) | Self::F32(_) => 4,
+            Self::TensorMap(_) => size_of::<EncodedMap>(),
         }
     }
 
@@ -351,8 +354,9 @@ impl Argument {
         match self {
             Self::Address(value) | Self::U64(value) => std::ptr::from_ref(value).cast(),
             Self::U32(value) => std::ptr::from_ref(value).cast(),
-            Self::I32(value) => std::ptr::from_ref(value).cast(),
             Self::F32(value) => std::ptr::from_ref(value).cast(),
+            // Only the driver knows its value.
+            Self::TensorMap(_) => std::ptr::null(),
         }
     }
 }
@@ -360,6 +364,28 @@ impl Argument {
 impl Runtime for Cuda {
     fn name(&self) -> &'static str {
         "cuda"
+    }
+
+    fn description(&self) -> &str {
+        &self.stream.device.name
+    }
+
+    fn has_bf16(&self) -> bool {
+        self.stream.device.capability >= (8, 0)
+    }
+
+    fn facts(&self) -> DeviceFacts {
+        let device = &self.stream.device;
+        DeviceFacts {
+            capability: device.capability,
+            multiprocessors: device.multiprocessors,
+            shared_bytes_per_block: device.shared_bytes_per_block,
+            deterministic: self.deterministic,
+        }
+    }
+
+    fn memory(&self) -> Result<(usize, usize)> {
+        self.stream.memory()
     }
 
     fn allocate(&self, bytes: usize) -> Option<u64> {
@@ -390,6 +416,18 @@ impl Runtime for Cuda {
         let result = lock(&self.staging).download(address, bytes);
         self.stream.keep(result);
         self.stream.failure()
+    }
+
+    fn begin_recording(&self) -> Result<bool> {
+        self.begin_capture().map(|()| true)
+    }
+
+    fn end_recording(&self) -> Result<Box<dyn Replay>> {
+        Ok(Box::new(self.end_capture()?))
+    }
+
+    fn fail(&self, call: &'static str, reason: &str) {
+        self.stream.keep(Err(failed(call, reason)));
     }
 
     fn copy(&self, source: u64, target: u64, bytes: usize) {
@@ -454,5 +492,15 @@ impl Runtime for Cuda {
 
     fn synchronize(&self) -> Result<()> {
         self.stream.synchronize()
+    }
+}
+
+impl Replay for Graph {
+    fn replay(&self) {
+        self.launch();
+    }
+
+    fn operations(&self) -> usize {
+        self.nodes()
     }
 }

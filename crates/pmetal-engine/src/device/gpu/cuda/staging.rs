@@ -95,12 +95,6 @@ impl Event {
         self.stream.failure()
     }
 
-    /// Whether the device has passed the event.
-    pub(crate) fn is_done(&self) -> bool {
-        // SAFETY: the event is alive.
-        unsafe { (self.stream.driver().cuEventQuery)(self.handle) != NOT_READY }
-    }
-
     /// Milliseconds from this event to a later one, which was waited for; both timed.
     ///
     /// # Errors

@@ -172,7 +172,7 @@ fn kernels_run_and_code_is_compiled_once_then_read_from_disk() {
             grid: [1; 3],
             block: [256, 1, 1],
             shared_bytes: 90_000,
-            arguments: &[Argument::Address(address), Argument::I32(22_500)],
+            arguments: &[Argument::Address(address), Argument::U32(22_500)],
         });
         assert_eq!(floats(cuda, address, 2), [22_499.0, 6.0]);
         (cuda.counts().compiled_modules, cuda.counts().cached_modules)
@@ -322,7 +322,6 @@ fn launches_and_replays_are_timed() {
         let host = clock.elapsed().as_secs_f64() * 1e6 / 2000.0;
         let end = cuda.event().unwrap();
         end.wait().unwrap();
-        assert!(end.is_done());
         (host, f64::from(begin.milliseconds_to(&end).unwrap()) * 1e3 / 2000.0)
     };
     let launches = || (0..2000).for_each(|_| step(&cuda));

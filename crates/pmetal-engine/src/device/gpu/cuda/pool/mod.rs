@@ -99,6 +99,7 @@ impl<S: SegmentSource> Pool<S> {
     }
 
     /// Sizes now.
+    #[cfg(test)]
     pub(crate) fn report(&self) -> PoolReport {
         self.report
     }
@@ -144,6 +145,7 @@ impl<S: SegmentSource> Pool<S> {
     }
 
     /// Makes sure that `bytes` can be allocated, in one piece, without asking the source.
+    #[cfg(test)]
     pub(crate) fn reserve(&mut self, bytes: usize) -> bool {
         match self.allocate(bytes) {
             Some(address) => self.free(address),

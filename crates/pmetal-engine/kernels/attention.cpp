@@ -1,0 +1,155 @@
+// Attention for any head width up to 256 and any element type, in f32 inside: the plain twin of the matrix-unit kernels.
+//
+// q [Tq, H, E], k [Tk, K, E], v [Tk, K, Ev], out [Tq, H, Ev] of ELEMENT, each with a pitch between tokens; H / K query heads
+// share a key head. Query t sees keys key_begin[t] <= j < key_end[t]; key j is seen by no query outside query_begin[j] ..
+// query_end[j]. cap = 0: no softcap. Sinks f32 [H] or null take part in the denominator alone. log_sums f32 [Tq, H]; a query
+// that sees nothing gets zeros and minus infinity (its sink where there is one). No Tq x Tk buffer; two flops per visible
+// pair and element of key and value forward.
+//
+// attention_forward  grid (Tq, H), one SIMD group       attention_delta  grid (Tq, H), one SIMD group: deltas f32 [Tq, H]
+// attention_d_query  grid (Tq, H), one SIMD group       attention_d_key  grid (Tk, K), one SIMD group
+// attention_d_sinks  grid H, group 256: d_sinks f32 [H] += -sum of p(sink) * delta, in a fixed order
+
+#define LANE_WIDTH 8
+
+struct Lane { float v[LANE_WIDTH]; };
+
+DEVICE Lane load_lane(const GLOBAL ELEMENT* p, uint width) {
+    Lane out;
+    for (uint j = 0; j < LANE_WIDTH; ++j) {
+        uint i = j * 32 + THREAD;
+        out.v[j] = i < width ? widen(p[i]) : 0.0f;
+    }
+    return out;
+}
+
+DEVICE void store_lane(Lane x, GLOBAL ELEMENT* p, uint width) {
+    for (uint j = 0; j < LANE_WIDTH; ++j) {
+        uint i = j * 32 + THREAD;
+        if (i < width) narrow(x.v[j], p + i);
+    }
+}
+
+DEVICE float dot(Lane a, Lane b) {
+    float sum = 0.0f;
+    for (uint j = 0; j < LANE_WIDTH; ++j) sum += a.v[j] * b.v[j];
+    return simd_sum(sum);
+}
+
+DEVICE Lane zero_lane() {
+    Lane out;
+    for (uint j = 0; j < LANE_WIDTH; ++j) out.v[j] = 0.0f;
+    return out;
+}
+
+// The score of a pair, and its derivative by the plain product.
+DEVICE float score(float product, float scale, float cap, float& slope) {
+    float x = product * scale;
+    slope = scale;
+    if (cap <= 0.0f) return x;
+    float t = hyperbolic_tangent(x / cap);
+    slope = scale * (1.0f - t * t);
+    return cap * t;
+}
+
+KERNEL(attention_forward)(
+    const GLOBAL ELEMENT* q, const GLOBAL ELEMENT* k, const GLOBAL ELEMENT* v, GLOBAL ELEMENT* out,
+    GLOBAL float* log_sums, const GLOBAL int* key_begin, const GLOBAL int* key_end, const GLOBAL float* sinks,
+    SCALAR(uint, group), SCALAR(uint, width), SCALAR(uint, value_width), SCALAR(uint, q_pitch), SCALAR(uint, k_pitch),
+    SCALAR(uint, v_pitch), SCALAR(uint, out_pitch), SCALAR(float, scale), SCALAR(float, cap)) {
+    uint t = GROUP_X, head = GROUP_Y, heads = GROUPS_Y;
+    Lane query = load_lane(q + (ulong64)t * q_pitch + head * width, width), sum = zero_lane();
+    k += (head / group) * width;
+    v += (head / group) * value_width;
+    float top = -INFINITE, total = 0.0f, slope;
+    if (sinks) {
+        top = sinks[head];
+        total = 1.0f;
+    }
+    for (int j = key_begin[t]; j < key_end[t]; ++j) {
+        float s = score(dot(query, load_lane(k + (ulong64)j * k_pitch, width)), scale, cap, slope);
+        float higher = maximum(top, s), keep = exponential(top - higher), p = exponential(s - higher);
+        Lane value = load_lane(v + (ulong64)j * v_pitch, value_width);
+        for (uint i = 0; i < LANE_WIDTH; ++i) sum.v[i] = sum.v[i] * keep + p * value.v[i];
+        total = total * keep + p;
+        top = higher;
+    }
+    float share = total > 0.0f || total != total ? 1.0f / total : 0.0f;
+    for (uint i = 0; i < LANE_WIDTH; ++i) sum.v[i] *= share;
+    store_lane(sum, out + (ulong64)t * out_pitch + head * value_width, value_width);
+    if (THREAD == 0) log_sums[t * heads + head] = total == 0.0f ? -INFINITE : top + logarithm(total);
+}
+
+KERNEL(attention_delta)(
+    const GLOBAL ELEMENT* out, const GLOBAL ELEMENT* d_out, GLOBAL float* deltas, SCALAR(uint, value_width),
+    SCALAR(uint, out_pitch), SCALAR(uint, d_out_pitch)) {
+    uint t = GROUP_X, head = GROUP_Y;
+    Lane a = load_lane(out + (ulong64)t * out_pitch + head * value_width, value_width);
+    Lane b = load_lane(d_out + (ulong64)t * d_out_pitch + head * value_width, value_width);
+    float delta = dot(a, b);
+    if (THREAD == 0) deltas[t * GROUPS_Y + head] = delta;
+}
+
+KERNEL(attention_d_query)(
+    const GLOBAL ELEMENT* q, const GLOBAL ELEMENT* k, const GLOBAL ELEMENT* v, const GLOBAL ELEMENT* d_out,
+    const GLOBAL float* log_sums, const GLOBAL float* deltas, const GLOBAL int* key_begin, const GLOBAL int* key_end,
+    GLOBAL ELEMENT* d_q, SCALAR(uint, group), SCALAR(uint, width), SCALAR(uint, value_width), SCALAR(uint, q_pitch),
+    SCALAR(uint, k_pitch), SCALAR(uint, v_pitch), SCALAR(uint, d_out_pitch), SCALAR(uint, d_q_pitch),
+    SCALAR(float, scale), SCALAR(float, cap)) {
+    uint t = GROUP_X, head = GROUP_Y, row = t * GROUPS_Y + head;
+    Lane query = load_lane(q + (ulong64)t * q_pitch + head * width, width), sum = zero_lane();
+    Lane slope_out = load_lane(d_out + (ulong64)t * d_out_pitch + head * value_width, value_width);
+    k += (head / group) * width;
+    v += (head / group) * value_width;
+    float slope;
+    for (int j = key_begin[t]; j < key_end[t]; ++j) {
+        Lane key = load_lane(k + (ulong64)j * k_pitch, width);
+        float p = exponential(score(dot(query, key), scale, cap, slope) - log_sums[row]);
+        float d_p = dot(slope_out, load_lane(v + (ulong64)j * v_pitch, value_width));
+        float d_s = p * (d_p - deltas[row]) * slope;
+        for (uint i = 0; i < LANE_WIDTH; ++i) sum.v[i] += d_s * key.v[i];
+    }
+    store_lane(sum, d_q + (ulong64)t * d_q_pitch + head * width, width);
+}
+
+KERNEL(attention_d_key)(
+    const GLOBAL ELEMENT* q, const GLOBAL ELEMENT* k, const GLOBAL ELEMENT* v, const GLOBAL ELEMENT* d_out,
+    const GLOBAL float* log_sums, const GLOBAL float* deltas, const GLOBAL int* key_begin, const GLOBAL int* key_end,
+    const GLOBAL int* query_begin, const GLOBAL int* query_end, GLOBAL ELEMENT* d_k, GLOBAL ELEMENT* d_v,
+    SCALAR(uint, group), SCALAR(uint, width), SCALAR(uint, value_width), SCALAR(uint, q_pitch), SCALAR(uint, k_pitch),
+    SCALAR(uint, v_pitch), SCALAR(uint, d_out_pitch), SCALAR(uint, d_k_pitch), SCALAR(uint, d_v_pitch),
+    SCALAR(float, scale), SCALAR(float, cap)) {
+    int j = (int)GROUP_X;
+    uint key_head = GROUP_Y, heads = GROUPS_Y * group;
+    Lane key = load_lane(k + (ulong64)j * k_pitch + key_head * width, width), key_sum = zero_lane();
+    Lane value = load_lane(v + (ulong64)j * v_pitch + key_head * value_width, value_width), value_sum = zero_lane();
+    float slope;
+    for (int t = query_begin[j]; t < query_end[j]; ++t) {
+        if (j < key_begin[t] || j >= key_end[t]) continue;
+        for (uint head = key_head * group; head < (key_head + 1) * group; ++head) {
+            Lane query = load_lane(q + (ulong64)t * q_pitch + head * width, width);
+            Lane slope_out = load_lane(d_out + (ulong64)t * d_out_pitch + head * value_width, value_width);
+            float p = exponential(score(dot(query, key), scale, cap, slope) - log_sums[t * heads + head]);
+            float d_s = p * (dot(slope_out, value) - deltas[t * heads + head]) * slope;
+            for (uint i = 0; i < LANE_WIDTH; ++i) {
+                value_sum.v[i] += p * slope_out.v[i];
+                key_sum.v[i] += d_s * query.v[i];
+            }
+        }
+    }
+    store_lane(key_sum, d_k + (ulong64)j * d_k_pitch + key_head * width, width);
+    store_lane(value_sum, d_v + (ulong64)j * d_v_pitch + key_head * value_width, value_width);
+}
+
+KERNEL(attention_d_sinks)(
+    const GLOBAL float* sinks, const GLOBAL float* log_sums, const GLOBAL float* deltas, GLOBAL float* d_sinks,
+    SCALAR(uint, tokens)) {
+    SHARED float scratch[32];
+    uint head = GROUP_X, heads = GROUPS_X;
+    float sum = 0.0f;
+    for (uint t = THREAD; t < tokens; t += THREADS) {
+        sum -= exponential(sinks[head] - log_sums[t * heads + head]) * deltas[t * heads + head];
+    }
+    sum = group_sum(sum, scratch);
+    if (THREAD == 0) d_sinks[head] += sum;
+}

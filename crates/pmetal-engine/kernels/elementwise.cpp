@@ -1,0 +1,141 @@
+// Operations on single elements and on rows. SOURCE is read, ELEMENT written.
+//
+// Matrices are [rows, columns] with a pitch in elements. Grid: (rows, ceil(columns / 2048)), group 256;
+// others state theirs. ALIGNED: columns, pitches and addresses are multiples of 8 elements and 16 bytes.
+//
+// convert_rows       out = x * factor (+ out when `accumulate`)
+// gather_rows        out[r] = x[indices[r]]
+// scatter_rows       out[indices[r]] = x[r]
+// embedding          out[t] = scale * table[ids[t]]: table SOURCE [V, D]; grid as convert_rows
+// embedding_gradient table f32 [V, D] += scale * d_out: grid (T, ceil(D / 256)). The group of a token whose id came
+//                    before adds nothing; that of the first adds all, in order, so the sum does not depend on timing.
+// sum_columns        sums f32 [parts, columns] of rows part, part + parts, ...: grid (ceil(columns / 128), parts), group 128
+// add_partial_sums   out f32 [columns] += factor * the sums of the parts in order: grid ceil(columns / 128), group 128
+
+DEVICE void move_row(
+    const GLOBAL SOURCE* x, GLOBAL ELEMENT* out, uint columns, float factor, bool accumulate) {
+    uint start = (GROUP_Y * THREADS + THREAD) * 8;
+#if ALIGNED
+    if (start < columns) {
+        Eight a = load_eight(x + start);
+        for (int j = 0; j < 8; ++j) a.v[j] *= factor;
+        if (accumulate) {
+            Eight held = load_eight(out + start);
+            for (int j = 0; j < 8; ++j) a.v[j] += held.v[j];
+        }
+        store_eight(a, out + start);
+    }
+#else
+    for (uint i = start; i < start + 8 && i < columns; ++i) {
+        float value = widen(x[i]) * factor;
+        narrow(accumulate ? value + widen(out[i]) : value, out + i);
+    }
+#endif
+}
+
+KERNEL(convert_rows)(
+    const GLOBAL SOURCE* x, GLOBAL ELEMENT* out, SCALAR(uint, columns), SCALAR(uint, pitch), SCALAR(uint, out_pitch),
+    SCALAR(float, factor), SCALAR(uint, accumulate)) {
+    ulong64 row = GROUP_X;
+    move_row(x + row * pitch, out + row * out_pitch, columns, factor, accumulate != 0);
+}
+
+KERNEL(gather_rows)(
+    const GLOBAL SOURCE* x, const GLOBAL uint* indices, GLOBAL ELEMENT* out, SCALAR(uint, columns), SCALAR(uint, pitch),
+    SCALAR(uint, out_pitch)) {
+    move_row(x + (ulong64)indices[GROUP_X] * pitch, out + (ulong64)GROUP_X * out_pitch, columns, 1.0f, false);
+}
+
+KERNEL(scatter_rows)(
+    const GLOBAL SOURCE* x, const GLOBAL uint* indices, GLOBAL ELEMENT* out, SCALAR(uint, columns), SCALAR(uint, pitch),
+    SCALAR(uint, out_pitch)) {
+    move_row(x + (ulong64)GROUP_X * pitch, out + (ulong64)indices[GROUP_X] * out_pitch, columns, 1.0f, false);
+}
+
+KERNEL(embedding)(
+    const GLOBAL SOURCE* table, const GLOBAL uint* ids, GLOBAL ELEMENT* out, SCALAR(uint, columns),
+    SCALAR(uint, out_pitch), SCALAR(float, scale)) {
+    move_row(table + (ulong64)ids[GROUP_X] * columns, out + (ulong64)GROUP_X * out_pitch, columns, scale, false);
+}
+
+KERNEL(embedding_gradient)(
+    const GLOBAL SOURCE* d_out, const GLOBAL uint* ids, GLOBAL float* table, SCALAR(uint, tokens), SCALAR(uint, columns),
+    SCALAR(uint, pitch), SCALAR(float, scale), SCALAR(uint, skips), SCALAR(uint, skipped)) {
+    uint token = GROUP_X, id = ids[token], column = GROUP_Y * THREADS + THREAD;
+    if (column >= columns || (skips && id == skipped)) return;
+    for (uint before = 0; before < token; ++before) {
+        if (ids[before] == id) return;
+    }
+    float sum = table[(ulong64)id * columns + column];
+    for (uint later = token; later < tokens; ++later) {
+        if (ids[later] == id) sum += scale * widen(d_out[(ulong64)later * pitch + column]);
+    }
+    table[(ulong64)id * columns + column] = sum;
+}
+
+KERNEL(sum_columns)(
+    const GLOBAL SOURCE* x, GLOBAL float* sums, SCALAR(uint, rows), SCALAR(uint, columns), SCALAR(uint, pitch)) {
+    uint column = GROUP_X * THREADS + THREAD;
+    if (column >= columns) return;
+    float sum = 0.0f;
+    for (uint row = GROUP_Y; row < rows; row += GROUPS_Y) sum += widen(x[(ulong64)row * pitch + column]);
+    sums[(ulong64)GROUP_Y * columns + column] = sum;
+}
+
+KERNEL(add_partial_sums)(
+    const GLOBAL float* sums, GLOBAL float* out, SCALAR(uint, parts), SCALAR(uint, columns), SCALAR(float, factor)) {
+    uint column = GROUP_X * THREADS + THREAD;
+    if (column >= columns) return;
+    float sum = 0.0f;
+    for (uint part = 0; part < parts; ++part) sum += sums[(ulong64)part * columns + column];
+    out[column] += factor * sum;
+}
+
+// Four words of Philox4x32-10 (Salmon et al., SC 2011): a number is a function of seed, step, stream and its index alone.
+DEVICE void philox(ulong64 block, uint seed_low, uint seed_high, uint step, uint stream, uint* c) {
+    uint k[2] = {seed_low, seed_high};
+    c[0] = (uint)block;
+    c[1] = (uint)(block >> 32);
+    c[2] = step;
+    c[3] = stream;
+    for (int round = 0; round < 10; ++round) {
+        uint high0 = multiply_high(0xD2511F53u, c[0]), low0 = 0xD2511F53u * c[0];
+        uint high1 = multiply_high(0xCD9E8D57u, c[2]), low1 = 0xCD9E8D57u * c[2];
+        c[0] = high1 ^ c[1] ^ k[0];
+        c[1] = low1;
+        c[2] = high0 ^ c[3] ^ k[1];
+        c[3] = low0;
+        k[0] += 0x9E3779B9u;
+        k[1] += 0xBB67AE85u;
+    }
+}
+
+// out[i] = bound * (2 u - 1) with the i-th uniform number u, a multiple of 2^-24. Grid ceil(elements / 1024), group 256.
+KERNEL(uniform)(
+    GLOBAL ELEMENT* out, SCALAR(ulong64, elements), SCALAR(float, bound), SCALAR(uint, seed_low),
+    SCALAR(uint, seed_high), SCALAR(uint, step), SCALAR(uint, stream)) {
+    ulong64 block = (ulong64)GROUP_X * THREADS + THREAD;
+    uint c[4];
+    philox(block, seed_low, seed_high, step, stream, c);
+    for (int j = 0; j < 4; ++j) {
+        ulong64 i = block * 4 + j;
+        if (i < elements) narrow((2.0f * ((float)(c[j] >> 8) * 5.9604644775390625e-8f) - 1.0f) * bound, out + i);
+    }
+}
+
+// Inverted dropout: element i is dropped when the upper 24 bits of its word are below the threshold. x and out are
+// contiguous; grid ceil(elements / 1024), group 256: four elements a thread.
+KERNEL(dropout)(
+    const GLOBAL SOURCE* x, GLOBAL ELEMENT* out, SCALAR(ulong64, elements), SCALAR(uint, threshold),
+    SCALAR(float, factor), SCALAR(uint, seed_low), SCALAR(uint, seed_high), SCALAR(uint, step), SCALAR(uint, stream),
+    SCALAR(uint, accumulate)) {
+    ulong64 block = (ulong64)GROUP_X * THREADS + THREAD;
+    uint c[4];
+    philox(block, seed_low, seed_high, step, stream, c);
+    for (int j = 0; j < 4; ++j) {
+        ulong64 i = block * 4 + j;
+        if (i >= elements) return;
+        float value = (c[j] >> 8) < threshold ? 0.0f : widen(x[i]) * factor;
+        narrow(accumulate ? value + widen(out[i]) : value, out + i);
+    }
+}

@@ -1,0 +1,127 @@
+// RMSNorm (Zhang and Sennrich, arXiv 1910.07467) of rows of ELEMENT with a weight of WEIGHT, in f32 inside.
+//
+// Row r of x starts at (r / inner) * pitch + (r % inner) * width, so that heads inside a wider array can be normed; rows
+// of the result lie out_pitch apart, or, for inner > 1, as those of x with out_pitch for pitch.
+// `shift` is added to the weight: 1 for the Gemma families. `weighted` = 0: no weight is read.
+// Bytes: forward 2 rows, backward 3 (4 when it accumulates). ALIGNED: width, pitches and addresses are multiples of 8
+// elements and 16 bytes.
+//
+// rms_norm           grid rows, group 32..1024 threads
+// rms_norm_backward  the same; d_x is overwritten, or added to when `accumulate`
+// rms_scales         grid rows: 1 / rms of each row to f32 scales [rows]
+// norm_weight_sums   grid (ceil(width / 128), parts), group 128: partial sums of d_out * x * scale to f32 [parts, width]
+
+DEVICE uint row_start(uint row, uint inner, uint pitch, uint width) {
+    return (row / inner) * pitch + (row % inner) * width;
+}
+
+KERNEL(rms_norm)(
+    const GLOBAL ELEMENT* x, const GLOBAL WEIGHT* weight, GLOBAL ELEMENT* out, SCALAR(uint, width), SCALAR(uint, inner),
+    SCALAR(uint, pitch), SCALAR(uint, out_pitch), SCALAR(float, epsilon), SCALAR(float, shift), SCALAR(uint, weighted)) {
+    SHARED float scratch[32];
+    x += row_start(GROUP_X, inner, pitch, width);
+    out += row_start(GROUP_X, inner, out_pitch, width);
+    float squares = 0.0f;
+#if ALIGNED
+    for (uint i = THREAD * 8; i < width; i += THREADS * 8) {
+        Eight a = load_eight(x + i);
+        for (int j = 0; j < 8; ++j) squares += a.v[j] * a.v[j];
+    }
+#else
+    for (uint i = THREAD; i < width; i += THREADS) squares += widen(x[i]) * widen(x[i]);
+#endif
+    float scale = 1.0f / square_root(group_sum(squares, scratch) / (float)width + epsilon);
+#if ALIGNED
+    for (uint i = THREAD * 8; i < width; i += THREADS * 8) {
+        Eight a = load_eight(x + i);
+        if (weighted) {
+            Eight w = load_eight(weight + i);
+            for (int j = 0; j < 8; ++j) a.v[j] = a.v[j] * scale * (w.v[j] + shift);
+        } else {
+            for (int j = 0; j < 8; ++j) a.v[j] *= scale;
+        }
+        store_eight(a, out + i);
+    }
+#else
+    for (uint i = THREAD; i < width; i += THREADS) {
+        float factor = weighted ? widen(weight[i]) + shift : 1.0f;
+        narrow(widen(x[i]) * scale * factor, out + i);
+    }
+#endif
+}
+
+KERNEL(rms_norm_backward)(
+    const GLOBAL ELEMENT* x, const GLOBAL WEIGHT* weight, const GLOBAL ELEMENT* d_out, GLOBAL ELEMENT* d_x,
+    SCALAR(uint, width), SCALAR(uint, inner), SCALAR(uint, pitch), SCALAR(uint, out_pitch), SCALAR(uint, d_pitch),
+    SCALAR(float, epsilon), SCALAR(float, shift), SCALAR(uint, weighted), SCALAR(uint, accumulate)) {
+    SHARED float scratch[32];
+    x += row_start(GROUP_X, inner, pitch, width);
+    d_out += row_start(GROUP_X, inner, out_pitch, width);
+    d_x += row_start(GROUP_X, inner, d_pitch, width);
+    float squares = 0.0f, product = 0.0f;
+#if ALIGNED
+    for (uint i = THREAD * 8; i < width; i += THREADS * 8) {
+        Eight a = load_eight(x + i), d = load_eight(d_out + i), w;
+        for (int j = 0; j < 8; ++j) w.v[j] = 1.0f - shift;
+        if (weighted) w = load_eight(weight + i);
+        for (int j = 0; j < 8; ++j) {
+            squares += a.v[j] * a.v[j];
+            product += a.v[j] * d.v[j] * (w.v[j] + shift);
+        }
+    }
+#else
+    for (uint i = THREAD; i < width; i += THREADS) {
+        float a = widen(x[i]), factor = weighted ? widen(weight[i]) + shift : 1.0f;
+        squares += a * a;
+        product += a * widen(d_out[i]) * factor;
+    }
+#endif
+    squares = group_sum(squares, scratch);
+    BARRIER();
+    product = group_sum(product, scratch);
+    float scale = 1.0f / square_root(squares / (float)width + epsilon);
+    float back = product * scale * scale * scale / (float)width;
+#if ALIGNED
+    for (uint i = THREAD * 8; i < width; i += THREADS * 8) {
+        Eight a = load_eight(x + i), d = load_eight(d_out + i), w;
+        for (int j = 0; j < 8; ++j) w.v[j] = 1.0f - shift;
+        if (weighted) w = load_eight(weight + i);
+        for (int j = 0; j < 8; ++j) a.v[j] = d.v[j] * (w.v[j] + shift) * scale - a.v[j] * back;
+        if (accumulate) {
+            Eight held = load_eight(d_x + i);
+            for (int j = 0; j < 8; ++j) a.v[j] += held.v[j];
+        }
+        store_eight(a, d_x + i);
+    }
+#else
+    for (uint i = THREAD; i < width; i += THREADS) {
+        float factor = weighted ? widen(weight[i]) + shift : 1.0f;
+        float value = widen(d_out[i]) * factor * scale - widen(x[i]) * back;
+        narrow(accumulate ? value + widen(d_x[i]) : value, d_x + i);
+    }
+#endif
+}
+
+KERNEL(rms_scales)(
+    const GLOBAL ELEMENT* x, GLOBAL float* scales, SCALAR(uint, width), SCALAR(uint, inner), SCALAR(uint, pitch),
+    SCALAR(float, epsilon)) {
+    SHARED float scratch[32];
+    x += row_start(GROUP_X, inner, pitch, width);
+    float squares = 0.0f;
+    for (uint i = THREAD; i < width; i += THREADS) squares += widen(x[i]) * widen(x[i]);
+    squares = group_sum(squares, scratch);
+    if (THREAD == 0) scales[GROUP_X] = 1.0f / square_root(squares / (float)width + epsilon);
+}
+
+KERNEL(norm_weight_sums)(
+    const GLOBAL ELEMENT* x, const GLOBAL ELEMENT* d_out, const GLOBAL float* scales, GLOBAL float* sums,
+    SCALAR(uint, rows), SCALAR(uint, width), SCALAR(uint, inner), SCALAR(uint, pitch), SCALAR(uint, out_pitch)) {
+    uint column = GROUP_X * THREADS + THREAD;
+    if (column >= width) return;
+    float sum = 0.0f;
+    for (uint row = GROUP_Y; row < rows; row += GROUPS_Y) {
+        float slope = widen(d_out[row_start(row, inner, out_pitch, width) + column]);
+        sum += slope * widen(x[row_start(row, inner, pitch, width) + column]) * scales[row];
+    }
+    sums[GROUP_Y * width + column] = sum;
+}

@@ -1,0 +1,67 @@
+// Norms and AdamW over many tensors in one launch.
+//
+// A table of u64 describes the tensors, `ENTRY` numbers each: value, gradient, first, second (addresses of f32), elements,
+// shadow (address of a copy in ELEMENT, 0 = none), columns, shadow's pitch, decays (0 or 1). `pieces` u32 [pieces, 2]
+// divides the work: entry and number of the piece of PIECE elements in it. Control, f32: gradient scale, largest norm (0 =
+// no clipping), rate * decay, 1 - beta1, beta2, 1 - beta2, rate / (1 - beta1^t), sqrt(1 - beta2^t), epsilon.
+//
+// squares  grid pieces, group 256: sums of squares of the gradients to f32 [pieces]
+// adamw    grid pieces, group 256 (Loshchilov and Hutter, arXiv 1711.05101): nothing changes where `norm` [1], the sum of
+//          squares, is not finite; `clips` = 0 reads no norm. Clears the gradient. Bytes: four
+//          tensors read, four and the shadow written.
+// add_squares  total [1] += the sum of values [count] in a fixed order: one group of 1024
+
+#define ENTRY 9
+#define PIECE 4096
+
+KERNEL(squares)(const GLOBAL ulong64* table, const GLOBAL uint* pieces, GLOBAL float* sums) {
+    SHARED float scratch[32];
+    const GLOBAL ulong64* entry = table + pieces[2 * GROUP_X] * ENTRY;
+    const GLOBAL float* gradient = (const GLOBAL float*)entry[1];
+    ulong64 start = (ulong64)pieces[2 * GROUP_X + 1] * PIECE, end = start + PIECE;
+    if (end > entry[4]) end = entry[4];
+    float sum = 0.0f;
+    for (ulong64 i = start + THREAD; i < end; i += THREADS) sum += gradient[i] * gradient[i];
+    sum = group_sum(sum, scratch);
+    if (THREAD == 0) sums[GROUP_X] = sum;
+}
+
+KERNEL(add_squares)(const GLOBAL float* values, GLOBAL float* total, SCALAR(uint, count)) {
+    SHARED float scratch[32];
+    float sum = 0.0f;
+    for (uint i = THREAD; i < count; i += THREADS) sum += values[i];
+    sum = group_sum(sum, scratch);
+    if (THREAD == 0) total[0] += sum;
+}
+
+KERNEL(adamw)(
+    const GLOBAL ulong64* table, const GLOBAL uint* pieces, const GLOBAL float* control, const GLOBAL float* norm,
+    SCALAR(uint, clips)) {
+    const GLOBAL ulong64* entry = table + pieces[2 * GROUP_X] * ENTRY;
+    GLOBAL float* value = (GLOBAL float*)entry[0];
+    GLOBAL float* gradient = (GLOBAL float*)entry[1];
+    GLOBAL float* first = (GLOBAL float*)entry[2];
+    GLOBAL float* second = (GLOBAL float*)entry[3];
+    GLOBAL ELEMENT* shadow = (GLOBAL ELEMENT*)entry[5];
+    float scale = control[0];
+    if (clips) {
+        float squares = norm[0];
+        if (!(squares < INFINITE)) return;
+        float length = square_root(squares) * scale;
+        if (control[1] > 0.0f && control[1] < length + 1e-6f) scale *= control[1] / (length + 1e-6f);
+    }
+    float keep = entry[8] ? 1.0f - control[2] : 1.0f;
+    ulong64 start = (ulong64)pieces[2 * GROUP_X + 1] * PIECE, end = start + PIECE;
+    if (end > entry[4]) end = entry[4];
+    for (ulong64 i = start + THREAD; i < end; i += THREADS) {
+        float slope = gradient[i] * scale;
+        gradient[i] = 0.0f;
+        float mean = first[i] + (slope - first[i]) * control[3];
+        float square = second[i] * control[4] + slope * slope * control[5];
+        first[i] = mean;
+        second[i] = square;
+        float updated = value[i] * keep - control[6] * (mean / (square_root(square) / control[7] + control[8]));
+        value[i] = updated;
+        if (shadow) narrow(updated, shadow + (i / entry[6]) * entry[7] + i % entry[6]);
+    }
+}

@@ -1,0 +1,98 @@
+// The words that kernels are written in, for CUDA. NVRTC compiles this text in front of a kernel's; nothing is included.
+// A group is a block of threads along x, a SIMD group 32 of them.
+
+#define KERNEL(name) extern "C" __global__ void name
+#define DEVICE __device__ __forceinline__
+#define GLOBAL
+#define SHARED __shared__
+#define SHARED_POINTER(type) type*
+#define SCALAR(type, name) type name
+#define THREAD threadIdx.x
+#define THREADS blockDim.x
+#define GROUP_X blockIdx.x
+#define GROUP_Y blockIdx.y
+#define GROUP_Z blockIdx.z
+#define GROUPS_X gridDim.x
+#define GROUPS_Y gridDim.y
+#define BARRIER() __syncthreads()
+
+typedef unsigned int uint;
+typedef unsigned short ushort;
+typedef unsigned long long ulong64;
+
+struct bf16 { ushort bits; };
+struct f16 { ushort bits; };
+typedef float f32;
+
+DEVICE float as_float(uint bits) { return __uint_as_float(bits); }
+DEVICE uint as_bits(float value) { return __float_as_uint(value); }
+
+DEVICE float widen(f32 x) { return x; }
+DEVICE float widen(bf16 x) { return as_float((uint)x.bits << 16); }
+DEVICE float widen(f16 x) {
+    float y;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
+    return y;
+}
+
+// To nearest, ties to even; NaN stays NaN.
+DEVICE void narrow(float x, GLOBAL f32* y) { *y = x; }
+DEVICE void narrow(float x, GLOBAL bf16* y) {
+    ushort bits;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+    y->bits = bits;
+}
+DEVICE void narrow(float x, GLOBAL f16* y) {
+    ushort bits;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+    y->bits = bits;
+}
+
+// Eight elements at an address that 16 bytes divide.
+struct Eight { float v[8]; };
+DEVICE Eight load_eight(const GLOBAL f32* p) {
+    float4 a = *(const float4*)p, b = *(const float4*)(p + 4);
+    return {{a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w}};
+}
+template <typename T> DEVICE Eight load_eight_narrow(const T* p) {
+    uint4 raw = *(const uint4*)p;
+    uint words[4] = {raw.x, raw.y, raw.z, raw.w};
+    Eight out;
+    for (int i = 0; i < 4; ++i) {
+        T low, high;
+        low.bits = (ushort)(words[i] & 0xffff);
+        high.bits = (ushort)(words[i] >> 16);
+        out.v[2 * i] = widen(low);
+        out.v[2 * i + 1] = widen(high);
+    }
+    return out;
+}
+DEVICE Eight load_eight(const bf16* p) { return load_eight_narrow(p); }
+DEVICE Eight load_eight(const f16* p) { return load_eight_narrow(p); }
+DEVICE void store_eight(Eight x, f32* p) {
+    *(float4*)p = make_float4(x.v[0], x.v[1], x.v[2], x.v[3]);
+    *(float4*)(p + 4) = make_float4(x.v[4], x.v[5], x.v[6], x.v[7]);
+}
+template <typename T> DEVICE void store_eight_narrow(Eight x, T* p) {
+    uint words[4];
+    for (int i = 0; i < 4; ++i) {
+        T low, high;
+        narrow(x.v[2 * i], &low);
+        narrow(x.v[2 * i + 1], &high);
+        words[i] = (uint)low.bits | ((uint)high.bits << 16);
+    }
+    *(uint4*)p = make_uint4(words[0], words[1], words[2], words[3]);
+}
+DEVICE void store_eight(Eight x, bf16* p) { store_eight_narrow(x, p); }
+DEVICE void store_eight(Eight x, f16* p) { store_eight_narrow(x, p); }
+
+DEVICE float simd_shuffle_xor(float x, uint mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+
+DEVICE float exponential(float x) { return expf(x); }
+DEVICE float logarithm(float x) { return logf(x); }
+DEVICE float square_root(float x) { return sqrtf(x); }
+DEVICE float reciprocal_root(float x) { return rsqrtf(x); }
+DEVICE float hyperbolic_tangent(float x) { return tanhf(x); }
+DEVICE float maximum(float a, float b) { return fmaxf(a, b); }
+DEVICE uint multiply_high(uint a, uint b) { return __umulhi(a, b); }
+#define INFINITE __int_as_float(0x7f800000)

@@ -1,0 +1,157 @@
+//! Putting a kernel's launch together.
+
+use super::runtime::{Argument, Launch, ModuleText, Runtime};
+use crate::{DType, Tensor};
+
+macro_rules! module {
+    ($name:literal) => {
+        ModuleText {
+            name: $name,
+            texts: &[
+                include_str!("../../../kernels/prelude/cuda.h"),
+                include_str!("../../../kernels/common.cpp"),
+                include_str!(concat!("../../../kernels/", $name, ".cpp")),
+            ],
+        }
+    };
+}
+
+/// The portable kernels.
+static MODULES: [ModuleText; 7] = [
+    module!("attention"),
+    module!("elementwise"),
+    module!("gated"),
+    module!("loss"),
+    module!("norm"),
+    module!("optimizer"),
+    module!("rope"),
+];
+
+fn portable(name: &str) -> &'static ModuleText {
+    MODULES.iter().find(|module| module.name == name).expect("invariant: the module is in the list")
+}
+
+/// A launch in the making.
+pub(super) struct Kernel {
+    module: &'static ModuleText,
+    kernel: &'static str,
+    defines: Vec<(&'static str, String)>,
+    arguments: Vec<Argument>,
+    shared_bytes: usize,
+}
+
+impl From<&Tensor> for Argument {
+    fn from(tensor: &Tensor) -> Self {
+        Self::Address(tensor.address())
+    }
+}
+
+impl From<&mut Tensor> for Argument {
+    fn from(tensor: &mut Tensor) -> Self {
+        Self::Address(tensor.address_mut())
+    }
+}
+
+impl From<Option<&Tensor>> for Argument {
+    fn from(tensor: Option<&Tensor>) -> Self {
+        Self::Address(tensor.map_or(0, Tensor::address))
+    }
+}
+
+impl Kernel {
+    /// A kernel of a portable module.
+    pub(super) fn new(module: &str, kernel: &'static str) -> Self {
+        Self::of(portable(module), kernel)
+    }
+
+    pub(super) fn of(module: &'static ModuleText, kernel: &'static str) -> Self {
+        Self { module, kernel, defines: Vec::new(), arguments: Vec::new(), shared_bytes: 0 }
+    }
+
+    fn typed(mut self, name: &'static str, dtype: DType) -> Self {
+        self.defines.push((name, dtype.name().to_owned()));
+        self
+    }
+
+    pub(super) fn source(self, dtype: DType) -> Self {
+        self.typed("SOURCE", dtype)
+    }
+
+    pub(super) fn element(self, dtype: DType) -> Self {
+        self.typed("ELEMENT", dtype)
+    }
+
+    pub(super) fn weight(self, dtype: DType) -> Self {
+        self.typed("WEIGHT", dtype)
+    }
+
+    pub(super) fn aligned(self, aligned: bool) -> Self {
+        self.define("ALIGNED", aligned)
+    }
+
+    pub(super) fn define(self, name: &'static str, value: bool) -> Self {
+        self.number(name, value.into())
+    }
+
+    pub(super) fn number(mut self, name: &'static str, value: usize) -> Self {
+        self.defines.push((name, value.to_string()));
+        self
+    }
+
+    pub(super) fn arguments(mut self, arguments: &[Argument]) -> Self {
+        self.arguments.extend_from_slice(arguments);
+        self
+    }
+
+    /// Unsigned 32-bit parameters; shapes were checked to be within them when tensors were allocated.
+    pub(super) fn sizes(mut self, sizes: &[usize]) -> Self {
+        self.arguments.extend(sizes.iter().map(|&size| Argument::U32(size as u32)));
+        self
+    }
+
+    pub(super) fn shared(mut self, bytes: usize) -> Self {
+        self.shared_bytes = bytes;
+        self
+    }
+
+    pub(super) fn launch(self, runtime: &dyn Runtime, grid: [usize; 3], threads: usize) {
+        if grid.contains(&0) {
+            return;
+        }
+        let defines: Vec<(&str, &str)> =
+            self.defines.iter().map(|(name, value)| (*name, value.as_str())).collect();
+        runtime.launch(&Launch {
+            module: self.module,
+            defines: &defines,
+            kernel: self.kernel,
+            grid: grid.map(|blocks| blocks as u32),
+            block: [threads as u32, 1, 1],
+            shared_bytes: self.shared_bytes as u32,
+            arguments: &self.arguments,
+        });
+    }
+}
+
+/// Elements that a thread takes at a time.
+#[derive(Clone, Copy)]
+pub(super) enum Lanes {
+    One,
+    Eight,
+}
+
+/// Threads for a row: whole SIMD groups, at most 1024.
+pub(super) fn lanes(width: usize, each: Lanes) -> usize {
+    let each = match each {
+        Lanes::One => 1,
+        Lanes::Eight => 8,
+    };
+    width.div_ceil(each).next_multiple_of(32).clamp(32, 1024)
+}
+
+/// Whether rows of `columns` elements of all tensors can be read and written by 16 bytes.
+pub(super) fn is_aligned(columns: usize, tensors: &[&Tensor]) -> bool {
+    columns.is_multiple_of(8)
+        && tensors
+            .iter()
+            .all(|tensor| tensor.pitch().is_multiple_of(8) && tensor.address().is_multiple_of(16))
+}

@@ -1,0 +1,128 @@
+//! Norms and AdamW over many tensors in one launch.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use super::Gpu;
+use super::launch::Kernel;
+use super::runtime::Argument;
+use crate::device::{AdamWControl, AdamWEntry, AdamWParameters, Sum};
+use crate::error::Result;
+use crate::memory::Category;
+use crate::{DType, Device, Tensor};
+
+/// Numbers that describe one tensor, as in `kernels/optimizer.cpp`.
+const ENTRY: usize = 9;
+
+/// Elements that one group takes, as there.
+const PIECE: usize = 4096;
+
+/// Descriptions of tensors that are in a device's memory already, by their numbers.
+#[derive(Default)]
+pub(super) struct Tables(Mutex<HashMap<Vec<u64>, Arc<Table>>>);
+
+/// At most this many descriptions are kept; a training run needs two.
+const MOST_TABLES: usize = 8;
+
+struct Table {
+    entries: Tensor,
+    pieces: Tensor,
+    count: usize,
+}
+
+impl Tables {
+    fn get(&self, device: &Device, numbers: Vec<u64>) -> Result<Arc<Table>> {
+        let mut tables = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(table) = tables.get(&numbers) {
+            return Ok(Arc::clone(table));
+        }
+        if tables.len() >= MOST_TABLES {
+            tables.clear();
+        }
+        let mut pieces: Vec<u32> = Vec::new();
+        for (index, entry) in numbers.chunks_exact(ENTRY).enumerate() {
+            let count = (entry[4] as usize).div_ceil(PIECE) as u32;
+            pieces.extend((0..count).flat_map(|piece| [index as u32, piece]));
+        }
+        let words: &[u32] = bytemuck::cast_slice(&numbers);
+        let upload =
+            |values: &[u32]| Tensor::from_slice(device, Category::Workspace, &[values.len()], values);
+        let table = Table { entries: upload(words)?, pieces: upload(&pieces)?, count: pieces.len() / 2 };
+        let table = Arc::new(table);
+        tables.insert(numbers, Arc::clone(&table));
+        Ok(table)
+    }
+}
+
+/// The constants of a step in the order of `kernels/optimizer.cpp`.
+pub(crate) fn control_values(constants: &AdamWParameters) -> [f32; 9] {
+    // Corrections in f64, as the step count makes powers that f32 loses.
+    let step = f64::from(constants.step);
+    let rate = constants.learning_rate;
+    [
+        constants.gradient_scale,
+        constants.max_norm as f32,
+        (rate * constants.weight_decay) as f32,
+        (1.0 - constants.beta1) as f32,
+        constants.beta2 as f32,
+        (1.0 - constants.beta2) as f32,
+        (rate / (1.0 - constants.beta1.powf(step))) as f32,
+        (1.0 - constants.beta2.powf(step)).sqrt() as f32,
+        constants.epsilon as f32,
+    ]
+}
+
+impl Gpu {
+    pub(super) fn add_squares(&self, tensors: &[&Tensor], sum: &mut Sum) {
+        let (Some(first), Some(total)) = (tensors.first(), &mut sum.device) else { return };
+        let describe = |tensor: &&Tensor| [0, tensor.address(), 0, 0, tensor.elements() as u64, 0, 1, 0, 0];
+        let table = self.tables.get(first.device(), tensors.iter().flat_map(describe).collect());
+        let partial = table.and_then(|table| {
+            let shape = [table.count];
+            Ok((Tensor::scratch(first.device(), Category::Workspace, DType::F32, &shape)?, table))
+        });
+        let (partial, table) = match partial {
+            Ok(partial) => partial,
+            Err(error) => return self.runtime.fail("sum_of_squares", &error.to_string()),
+        };
+        Kernel::new("optimizer", "squares")
+            .element(DType::F32)
+            .arguments(&[(&table.entries).into(), (&table.pieces).into(), (&partial).into()])
+            .launch(self.runtime.as_ref(), [table.count, 1, 1], 256);
+        self.add_values("optimizer", "add_squares", &partial, total);
+    }
+
+    pub(super) fn step(&self, entries: &mut [AdamWEntry<'_>], control: &AdamWControl, squares: Option<&Sum>) {
+        let Some(device) = entries.first().map(|entry| entry.value.device().clone()) else { return };
+        let Some(constants) = &control.device else { return };
+        // All copies for products are of one type.
+        let shadows = entries.iter().filter_map(|entry| entry.shadow.as_ref());
+        let shadow_type = shadows.map(|shadow| shadow.dtype()).next().unwrap_or(DType::F32);
+        let describe = |entry: &mut AdamWEntry<'_>| {
+            let shadow = entry.shadow.as_mut();
+            let (address, columns, pitch) =
+                shadow.map_or((0, 1, 1), |shadow| (shadow.address_mut(), shadow.columns(), shadow.pitch()));
+            [
+                entry.value.address_mut(),
+                entry.gradient.address(),
+                entry.first.address_mut(),
+                entry.second.address_mut(),
+                entry.value.elements() as u64,
+                address,
+                columns as u64,
+                pitch as u64,
+                entry.decays.into(),
+            ]
+        };
+        let table = match self.tables.get(&device, entries.iter_mut().flat_map(describe).collect()) {
+            Ok(table) => table,
+            Err(error) => return self.runtime.fail("adamw", &error.to_string()),
+        };
+        let norm = squares.and_then(|squares| squares.device.as_ref());
+        Kernel::new("optimizer", "adamw")
+            .element(shadow_type)
+            .arguments(&[(&table.entries).into(), (&table.pieces).into(), constants.into(), norm.into()])
+            .arguments(&[Argument::U32(norm.is_some().into())])
+            .launch(self.runtime.as_ref(), [table.count, 1, 1], 256);
+    }
+}

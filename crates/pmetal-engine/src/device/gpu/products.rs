@@ -1,0 +1,84 @@
+//! Matrix products, by the driver's library.
+
+use super::Gpu;
+use super::runtime::{Gemm, Matrix};
+use crate::device::{Arithmetic, Finish, Operand};
+use crate::error::{Error, Result};
+use crate::memory::Category;
+use crate::{DType, Tensor};
+
+impl Gpu {
+    pub(super) fn multiply(
+        &self,
+        products: &[(Operand<'_>, Operand<'_>)],
+        out: &mut Tensor,
+        finish: &Finish<'_>,
+        arithmetic: Arithmetic,
+    ) -> Result<()> {
+        let mut accumulate = finish.accumulate;
+        if let Some(residual) = finish.residual {
+            self.move_rows(residual, out, 1.0, false);
+            accumulate = true;
+        }
+        let (rows, columns) = (out.rows(), out.columns());
+        for (index, (left, right)) in products.iter().enumerate() {
+            let operands = operand_type(arithmetic, left.tensor.dtype(), right.tensor.dtype());
+            let (left_tensor, right_tensor) =
+                (self.in_type(left.tensor, operands)?, self.in_type(right.tensor, operands)?);
+            let inner = if left.transposed { left.tensor.rows() } else { left.tensor.columns() };
+            if rows == 0 || columns == 0 {
+                return Ok(());
+            }
+            if inner == 0 {
+                return Err(Error::Unsupported {
+                    operation: "matmul",
+                    device: self.runtime.name(),
+                    reason: "the products have no inner dimension".to_owned(),
+                });
+            }
+            self.runtime.gemm(&Gemm {
+                rows,
+                columns,
+                inner,
+                left: matrix(&left_tensor, left.transposed),
+                right: matrix(&right_tensor, right.transposed),
+                operands,
+                out: Matrix { address: out.address_mut(), pitch: row_pitch(out), transposed: false },
+                out_dtype: out.dtype(),
+                // Added once, with the first product.
+                bias: finish.bias.filter(|_| index == 0).map(|bias| (bias.address(), bias.dtype())),
+                scale: finish.scale,
+                accumulate: accumulate || index > 0,
+                tf32: false,
+            })?;
+        }
+        Ok(())
+    }
+
+    /// The tensor itself, or a copy in another type.
+    fn in_type(&self, tensor: &Tensor, dtype: DType) -> Result<Tensor> {
+        if tensor.dtype() == dtype {
+            return Ok(tensor.clone());
+        }
+        let mut copy = Tensor::scratch(tensor.device(), Category::Workspace, dtype, tensor.shape())?;
+        self.move_rows(tensor, &mut copy, 1.0, false);
+        Ok(copy)
+    }
+}
+
+/// Elements between the rows that a product sees: all leading dimensions are rows.
+fn row_pitch(tensor: &Tensor) -> usize {
+    if tensor.shape().len() == 2 { tensor.pitch() } else { tensor.columns() }
+}
+
+fn matrix(tensor: &Tensor, transposed: bool) -> Matrix {
+    Matrix { address: tensor.address(), pitch: row_pitch(tensor), transposed }
+}
+
+fn operand_type(arithmetic: Arithmetic, left: DType, right: DType) -> DType {
+    match arithmetic {
+        Arithmetic::Bf16 => DType::Bf16,
+        _ if left == DType::F16 && right == DType::F16 => DType::F16,
+        _ => DType::F32,
+    }
+}

@@ -1,0 +1,183 @@
+//! Which keys a query sees, in the form that each kind of device reads.
+
+use std::sync::Arc;
+
+use super::{AttentionParameters, Device, Segment};
+use crate::Tensor;
+use crate::error::{Error, Result};
+use crate::memory::Category;
+
+/// Which keys each query sees: made once for all layers of a batch that have the same kind of mask.
+#[derive(Debug, Clone)]
+pub struct AttentionMask {
+    pub(crate) segments: Arc<[Segment]>,
+    /// The same for devices: i32, first key and end of each query, then first query and end of each key.
+    pub(crate) ranges: Option<[Tensor; 4]>,
+    pub(crate) tokens: [usize; 2],
+}
+
+impl AttentionMask {
+    /// The mask of documents that lie in `tokens` = \[queries, keys\] rows.
+    ///
+    /// # Errors
+    /// [`crate::Error::Range`] for a segment that is not within the rows; out of memory.
+    pub fn new(
+        device: &Device,
+        parameters: &AttentionParameters,
+        segments: Arc<[Segment]>,
+        tokens: [usize; 2],
+    ) -> Result<Self> {
+        check(&segments, tokens)?;
+        let ranges = if device.is_host() {
+            None
+        } else {
+            let [key, query] = visible_ranges(parameters, &segments, tokens);
+            let upload =
+                |values: Vec<i32>| Tensor::from_slice(device, Category::Workspace, &[values.len()], &values);
+            let ([key_start, key_end], [query_start, query_end]) = (key, query);
+            Some([upload(key_start)?, upload(key_end)?, upload(query_start)?, upload(query_end)?])
+        };
+        Ok(Self { segments, ranges, tokens })
+    }
+
+    /// Replaces the documents, in the same memory.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn set(&mut self, parameters: &AttentionParameters, segments: Arc<[Segment]>) -> Result<()> {
+        check(&segments, self.tokens)?;
+        if let Some(tensors) = &mut self.ranges {
+            let ranges = visible_ranges(parameters, &segments, self.tokens);
+            for (tensor, values) in tensors.iter_mut().zip(ranges.iter().flatten()) {
+                tensor.write_bytes(bytemuck::cast_slice(values));
+            }
+        }
+        self.segments = segments;
+        Ok(())
+    }
+
+    /// The documents, as they are shared.
+    pub fn shared_segments(&self) -> &Arc<[Segment]> {
+        &self.segments
+    }
+
+    /// The documents.
+    pub fn segments(&self) -> &[Segment] {
+        &self.segments
+    }
+}
+
+fn check(segments: &[Segment], [tokens, keys]: [usize; 2]) -> Result<()> {
+    for segment in segments {
+        let bounds = [
+            ("end of a segment's queries", segment.query_start.saturating_add(segment.query_length), tokens),
+            ("end of a segment's keys", segment.key_start.saturating_add(segment.key_length), keys),
+            ("number of a segment's queries", segment.query_length, segment.key_length),
+        ];
+        for (what, actual, most) in bounds {
+            if actual > most {
+                return Err(Error::Range { operation: "attention", what, actual, limit: most + 1 });
+            }
+        }
+    }
+    Ok(())
+}
+
+/// First and end of the keys that each query sees, and of the queries that see each key; all grow with the row. Rows of
+/// no segment have empty ranges.
+pub(crate) fn visible_ranges(
+    parameters: &AttentionParameters,
+    segments: &[Segment],
+    [tokens, keys]: [usize; 2],
+) -> [[Vec<i32>; 2]; 2] {
+    let mut by_query = [Vec::with_capacity(tokens), Vec::with_capacity(tokens)];
+    let mut by_key = [Vec::with_capacity(keys), Vec::with_capacity(keys)];
+    let fill = |ranges: &mut [Vec<i32>; 2], rows: usize| {
+        let end = ranges[1].last().copied().unwrap_or(0);
+        ranges.iter_mut().for_each(|range| range.resize(rows, end));
+    };
+    for segment in segments {
+        fill(&mut by_query, segment.query_start);
+        fill(&mut by_key, segment.key_start);
+        let visible: Vec<_> =
+            (0..segment.query_length).map(|query| segment.visible(parameters, query)).collect();
+        for keys in &visible {
+            by_query[0].push((segment.key_start + keys.start) as i32);
+            by_query[1].push((segment.key_start + keys.end) as i32);
+        }
+        for key in 0..segment.key_length {
+            // Both ends of what is visible grow with the query.
+            let start = visible.partition_point(|keys| keys.end <= key);
+            let end = visible.partition_point(|keys| keys.start <= key).max(start);
+            by_key[0].push((segment.query_start + start) as i32);
+            by_key[1].push((segment.query_start + end) as i32);
+        }
+    }
+    fill(&mut by_query, tokens);
+    fill(&mut by_key, keys);
+    [by_query, by_key]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranges_say_what_the_mask_says() {
+        let segment = |start, query_length, key_length| Segment {
+            query_start: start,
+            query_length,
+            key_start: start,
+            key_length,
+        };
+        let cases: [(&[Segment], [usize; 2]); 4] = [
+            (&[segment(0, 9, 9)], [9, 9]),
+            (&[segment(0, 3, 3), segment(3, 4, 4)], [7, 7]),
+            (&[segment(1, 3, 3), segment(6, 2, 2)], [9, 9]),
+            (&[Segment { query_start: 0, query_length: 2, key_start: 0, key_length: 8 }], [2, 8]),
+        ];
+        for causal in [true, false] {
+            for (window, chunk) in [(None, None), (Some(3), None), (None, Some(2)), (Some(2), Some(4))] {
+                let parameters = AttentionParameters {
+                    query_heads: 1,
+                    key_value_heads: 1,
+                    key_width: 1,
+                    value_width: 1,
+                    scale: 1.0,
+                    softcap: None,
+                    window,
+                    chunk,
+                    causal,
+                };
+                for (segments, tokens) in cases {
+                    assert_same(&parameters, segments, tokens);
+                }
+            }
+        }
+    }
+
+    fn assert_same(parameters: &AttentionParameters, segments: &[Segment], tokens: [usize; 2]) {
+        let [by_query, by_key] = visible_ranges(parameters, segments, tokens);
+        assert_eq!([by_query[0].len(), by_key[1].len()], tokens);
+        for ranges in by_query.iter().chain(&by_key) {
+            assert!(ranges.is_sorted(), "{ranges:?}");
+        }
+        for (query, (start, end)) in by_query[0].iter().zip(&by_query[1]).enumerate() {
+            for key in 0..tokens[1] {
+                let sees = segments.iter().any(|segment| {
+                    query >= segment.query_start
+                        && query < segment.query_start + segment.query_length
+                        && key >= segment.key_start
+                        && segment
+                            .visible(parameters, query - segment.query_start)
+                            .contains(&(key - segment.key_start))
+                });
+                let (key_row, query_row) = (key as i32, query as i32);
+                let said = (*start..*end).contains(&key_row);
+                assert_eq!(said, sees, "query {query}, key {key}, {parameters:?}, {segments:?}");
+                let within = (by_key[0][key]..by_key[1][key]).contains(&query_row);
+                assert!(within || !sees, "key {key} is seen by query {query}: {by_key:?}");
+            }
+        }
+    }
+}

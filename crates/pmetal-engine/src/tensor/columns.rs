@@ -1,0 +1,255 @@
+//! Columns of a wider array as tensors of their own.
+
+use std::sync::Arc;
+
+use super::{Buffer, Memory, Tensor};
+use crate::error::{Error, Result};
+use crate::memory::Category;
+use crate::{DType, Device};
+
+/// What sets a tensor of columns apart from a contiguous one.
+#[derive(Clone)]
+pub(super) struct Part {
+    /// Elements from one row of the outermost dimension to the next.
+    pitch: usize,
+    /// Shared by all handles to these columns; other columns of the same array are other memory.
+    handles: Arc<()>,
+    /// Columns after these that belong to them, for what is to be multiplied together with them.
+    spare: usize,
+}
+
+impl Part {
+    pub(super) fn is_unique(&self) -> bool {
+        Arc::strong_count(&self.handles) == 1
+    }
+}
+
+impl Tensor {
+    /// Elements from one row of the outermost dimension to the next.
+    pub fn pitch(&self) -> usize {
+        match &self.part {
+            Some(part) => part.pitch,
+            None => self.shape.get(1..).unwrap_or_default().iter().product(),
+        }
+    }
+
+    /// The tensor itself, or a copy without gaps between rows.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`].
+    pub fn contiguous(&self) -> Result<Self> {
+        if self.part.is_none() { Ok(self.clone()) } else { self.copy(Category::Workspace) }
+    }
+
+    /// Views the memory of a matrix as one of a narrower type, whose rows start where its rows start.
+    pub(crate) fn narrowed_rows(self, dtype: DType) -> Self {
+        if dtype == self.dtype {
+            return self;
+        }
+        let ratio = self.dtype.bytes() / dtype.bytes();
+        let part = Part { pitch: self.pitch() * ratio, handles: Arc::default(), spare: 0 };
+        Self { dtype, offset: self.offset * ratio, part: Some(part), ..self }
+    }
+
+    /// Whether rows follow each other without a gap.
+    pub fn is_contiguous(&self) -> bool {
+        self.part.is_none()
+    }
+
+    /// Divides a matrix \[T, sum of widths\] into matrices \[T, width\] that share its memory. Each may be written by
+    /// who holds the only handle to it, as they do not overlap.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] when the widths do not add up to the columns; out of memory when the whole is shared and must be
+    /// copied.
+    pub fn split_columns(self, widths: &[usize]) -> Result<Vec<Self>> {
+        let (rows, pitch) = (self.rows(), self.columns());
+        if widths.iter().sum::<usize>() != pitch || self.shape.len() != 2 || self.part.is_some() {
+            let expected = vec![rows, widths.iter().sum()];
+            return Err(Error::Shape {
+                operation: "split_columns",
+                what: "input",
+                actual: self.shape,
+                expected,
+            });
+        }
+        if widths.len() == 1 {
+            return Ok(vec![self]);
+        }
+        let whole = self.into_unique()?;
+        let mut offset = whole.offset;
+        let part = |&width: &usize| {
+            let part = Some(Part { pitch, handles: Arc::default(), spare: 0 });
+            let tensor = Self {
+                dtype: whole.dtype,
+                shape: vec![rows, width],
+                buffer: Arc::clone(&whole.buffer),
+                offset,
+                part,
+            };
+            offset += width;
+            tensor
+        };
+        Ok(widths.iter().map(part).collect())
+    }
+
+    /// A scratch matrix \[T, width\] whose rows have room for `spare` more columns.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`].
+    pub fn scratch_with_spare(
+        device: &Device,
+        category: Category,
+        dtype: DType,
+        [rows, width]: [usize; 2],
+        spare: usize,
+    ) -> Result<Self> {
+        let whole = Self::scratch(device, category, dtype, &[rows, width + spare])?;
+        if spare == 0 {
+            return Ok(whole);
+        }
+        let part = Some(Part { pitch: width + spare, handles: Arc::default(), spare });
+        Ok(Self { shape: vec![rows, width], part, ..whole })
+    }
+
+    /// The spare columns as a matrix \[T, spare\], and these columns together with them. They belong to whoever holds
+    /// these columns: only one of the users of a tensor may write them.
+    pub(crate) fn spare_columns(&self) -> Option<(Self, Self)> {
+        let part = self.part.as_ref().filter(|part| part.spare > 0)?;
+        let rows = self.shape.first().copied().unwrap_or(1);
+        let width: usize = self.shape[1..].iter().product();
+        let view = |offset, width| Self {
+            shape: vec![rows, width],
+            offset,
+            part: Some(Part { pitch: part.pitch, handles: Arc::default(), spare: 0 }),
+            ..self.clone()
+        };
+        Some((view(self.offset + width, part.spare), view(self.offset, width + part.spare)))
+    }
+
+    /// Rows and columns, each as first and count, of a matrix that stays shared: a view to read, or to write by whoever
+    /// knows that nobody else uses these elements.
+    ///
+    /// # Errors
+    /// [`Error::Range`] when they are not all there.
+    pub(crate) fn block(&self, rows: [usize; 2], columns: [usize; 2]) -> Result<Self> {
+        let [first, count] = columns;
+        if self.shape.len() != 2 || first.saturating_add(count) > self.columns() {
+            let (actual, limit) = (first.saturating_add(count), self.columns() + 1);
+            return Err(Error::Range { operation: "block", what: "end column", actual, limit });
+        }
+        let part = Part { pitch: self.pitch(), handles: Arc::default(), spare: 0 };
+        let rows = self.slice_rows(rows[0], rows[1])?;
+        let shape = vec![rows.shape[0], count];
+        Ok(Self { shape, offset: rows.offset + first, part: Some(part), ..rows })
+    }
+
+    /// Whether the tensors are all columns of one matrix, in order.
+    fn are_columns_of_one(parts: &[&Self]) -> bool {
+        let Some(first) = parts.first() else { return false };
+        let mut offset = first.offset;
+        let adjacent = parts.iter().all(|tensor| {
+            let here = tensor.offset == offset
+                && Arc::ptr_eq(&tensor.buffer, &first.buffer)
+                && tensor.dtype == first.dtype
+                && tensor.shape.first() == first.shape.first()
+                && tensor.pitch() == first.pitch();
+            offset += tensor.shape.get(1..).unwrap_or_default().iter().product::<usize>();
+            here
+        });
+        adjacent && offset - first.offset == first.pitch()
+    }
+
+    /// A matrix \[T, sum of widths\] of the columns of some matrices: the one that they were divided from, if that is so
+    /// and nobody else holds a part of it, or a copy.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] when their rows differ; out of memory for a copy.
+    pub fn join_columns(parts: Vec<Self>) -> Result<Self> {
+        let all: Vec<&Self> = parts.iter().collect();
+        let first = *all.first().expect("invariant: something is joined");
+        let rows = first.shape.first().copied().unwrap_or(1);
+        let width = |tensor: &Self| tensor.shape.get(1..).unwrap_or_default().iter().product::<usize>();
+        let total = all.iter().map(|tensor| width(tensor)).sum();
+        let whole = Self::are_columns_of_one(&all)
+            && all.iter().all(|tensor| tensor.is_unique())
+            && Arc::strong_count(&first.buffer) == parts.len();
+        if whole {
+            return Ok(Self { shape: vec![rows, total], part: None, ..first.clone() });
+        }
+        if let Some(other) = all.iter().find(|tensor| tensor.shape.first() != first.shape.first()) {
+            let (actual, expected) = (other.shape.clone(), vec![rows, width(other)]);
+            return Err(Error::Shape { operation: "join_columns", what: "input", actual, expected });
+        }
+        let joined = Self::scratch(first.device(), Category::Activations, first.dtype, &[rows, total])?;
+        let mut targets =
+            joined.split_columns(&all.iter().map(|tensor| width(tensor)).collect::<Vec<_>>())?;
+        for (target, source) in targets.iter_mut().zip(&all) {
+            target.copy_bytes(0, source);
+        }
+        Self::join_columns(targets)
+    }
+
+    /// Scratch tensors of the shapes of `like`, divided from one matrix if those are.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`].
+    pub fn scratch_alike<const COUNT: usize>(
+        category: Category,
+        like: [&Self; COUNT],
+    ) -> Result<[Self; COUNT]> {
+        let tensors = Self::all_alike(category, &like)?;
+        Ok(tensors.try_into().expect("invariant: one tensor for each"))
+    }
+
+    fn all_alike(category: Category, like: &[&Self]) -> Result<Vec<Self>> {
+        let fresh = |tensor: &&Self| Self::scratch(tensor.device(), category, tensor.dtype, &tensor.shape);
+        if like.len() < 2 || !Self::are_columns_of_one(like) {
+            return like.iter().map(fresh).collect();
+        }
+        let (device, dtype): (&Device, DType) = (like[0].device(), like[0].dtype);
+        let rows = like[0].shape.first().copied().unwrap_or(1);
+        let widths: Vec<usize> = like.iter().map(|tensor| tensor.shape[1..].iter().product()).collect();
+        let whole = Self::scratch(device, category, dtype, &[rows, widths.iter().sum()])?;
+        let parts = whole.split_columns(&widths)?;
+        parts.into_iter().zip(like).map(|(part, like)| part.reshape(&like.shape)).collect()
+    }
+
+    /// Copies rows that are not next to each other.
+    pub(super) fn copy_pitched(&mut self, start: usize, source: &Self) {
+        let row_bytes = |tensor: &Self| {
+            tensor.shape.get(1..).unwrap_or_default().iter().product::<usize>() * tensor.dtype.bytes()
+        };
+        // A part is copied row by row; a contiguous side may have been reshaped.
+        let bytes = if source.part.is_some() { row_bytes(source) } else { row_bytes(self) };
+        if bytes == 0 {
+            return;
+        }
+        let rows = source.byte_length() / bytes;
+        let pitch =
+            |tensor: &Self| if tensor.part.is_some() { tensor.pitch() * tensor.dtype.bytes() } else { bytes };
+        let (source_pitch, target_pitch) = (pitch(source), pitch(self));
+        assert!(start == 0 || self.part.is_none(), "invariant: columns are written as a whole");
+        match &source.buffer.memory {
+            Memory::Remote { .. } => {
+                let target = self.address_mut() + start as u64;
+                let (source, target) = ((source.address(), source_pitch), (target, target_pitch));
+                self.device().remote().copy_rows(source, target, bytes, rows);
+            }
+            Memory::Host(_) => {
+                let from = source.host_bytes();
+                let (first, into) =
+                    (source.offset * source.dtype.bytes(), self.offset * self.dtype.bytes() + start);
+                assert!(self.part.is_none(), "invariant: columns of host tensors are only read");
+                let buffer: &mut Buffer = Arc::get_mut(&mut self.buffer)
+                    .expect("invariant: only fresh or unique tensors are written");
+                let Memory::Host(target) = &mut buffer.memory else { return };
+                for row in 0..rows {
+                    let (from_row, into_row) = (first + row * source_pitch, into + row * target_pitch);
+                    target.as_mut_slice()[into_row..into_row + bytes]
+                        .copy_from_slice(&from[from_row..from_row + bytes]);
+                }
+            }
+        }
+    }
+}

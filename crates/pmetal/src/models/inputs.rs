@@ -1,0 +1,211 @@
+//! What a batch gives to the decoder, in its device's memory.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use pmetal_engine::device::{AttentionMask, Segment};
+use pmetal_engine::ops::{self, RopeTable, Targets};
+use pmetal_engine::{Category, Tensor};
+
+use super::decoder::{Decoder, TokenRun, attention_parameters};
+use super::rope::{Positions, Rope};
+use super::spec::AttentionSpec;
+use crate::error::{Error, Result};
+
+/// Tokens, angles and masks of one run; made anew for each, or overwritten in place by a run of as many tokens.
+#[derive(Debug, Clone)]
+pub struct Inputs {
+    /// u32 \[T\].
+    pub(super) ids: Tensor,
+    /// By the spec's list of rotary embeddings.
+    pub(super) ropes: Vec<RopeTable>,
+    /// A mask for every kind of it that layers have.
+    pub(super) masks: Vec<(Option<usize>, AttentionMask)>,
+    /// Tokens of documents, the others being padding.
+    pub(super) tokens: usize,
+}
+
+impl Inputs {
+    /// Tokens, padding included.
+    pub fn rows(&self) -> usize {
+        self.ids.elements()
+    }
+
+    /// The mask of a layer.
+    pub(super) fn mask(&self, attention: &AttentionSpec) -> &AttentionMask {
+        let found = self.masks.iter().find(|(window, _)| *window == attention.window);
+        &found.expect("invariant: every layer's mask was made").1
+    }
+}
+
+/// Angles that were computed once, by position, for one rotary embedding and epoch of it.
+#[derive(Debug, Clone)]
+struct Angles {
+    epoch: usize,
+    cosines: Tensor,
+    sines: Tensor,
+}
+
+/// Angles by the number of the rotary embedding.
+#[derive(Debug, Default)]
+pub(super) struct AngleCache(Mutex<HashMap<usize, Angles>>);
+
+/// Angles are computed for at least this many positions.
+const FEWEST_POSITIONS: usize = 256;
+
+impl Decoder {
+    /// A run's inputs, filled up with padding to `rows` tokens, which no document sees. `held` tokens of the run's
+    /// single document are in a cache.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] when documents do not cover the run or it does not fit; a token id beyond the vocabulary; out
+    /// of memory.
+    pub fn inputs(&self, run: &TokenRun, rows: usize, held: usize) -> Result<Inputs> {
+        let ids = self.padded_ids(run, rows)?;
+        let ids = Tensor::from_slice(&self.device, Category::Activations, &[rows], &ids)?;
+        let positions = positions_of(run);
+        let ropes = self.spec.ropes.iter().enumerate();
+        let ropes =
+            ropes.map(|(index, rope)| self.angles(index, rope, &positions, rows)).collect::<Result<_>>()?;
+        let segments = segments_of(run, held);
+        let mut masks: Vec<(Option<usize>, AttentionMask)> = Vec::new();
+        for layer in &self.spec.layers {
+            let attention = &layer.attention;
+            if masks.iter().all(|(window, _)| *window != attention.window) {
+                let parameters = attention_parameters(attention);
+                let tokens = [rows, held + rows];
+                let mask = AttentionMask::new(&self.device, &parameters, Arc::clone(&segments), tokens)?;
+                masks.push((attention.window, mask));
+            }
+        }
+        Ok(Inputs { ids, ropes, masks, tokens: run.ids.len() })
+    }
+
+    /// Overwrites inputs by those of another run, in the same memory; false, with nothing changed, when that does not
+    /// hold them.
+    ///
+    /// # Errors
+    /// As [`Self::inputs`].
+    pub fn overwrite_inputs(&self, inputs: &mut Inputs, run: &TokenRun) -> Result<bool> {
+        let rows = inputs.ids.elements();
+        if run.ids.len() > rows {
+            return Ok(false);
+        }
+        let ids = self.padded_ids(run, rows)?;
+        let positions = positions_of(run);
+        let mut changed = Vec::with_capacity(inputs.ropes.len());
+        for (index, rope) in self.spec.ropes.iter().enumerate() {
+            let table = self.angles(index, rope, &positions, rows)?;
+            // Recorded work reads the table that it was recorded with.
+            if !table.has_angles_of(&inputs.ropes[index]) {
+                return Ok(false);
+            }
+            changed.push(padded_rows(&positions, rows));
+        }
+        for (table, rows) in inputs.ropes.iter_mut().zip(changed) {
+            table.set_rows(&rows)?;
+        }
+        inputs.ids.write_slice(&ids);
+        let segments = segments_of(run, 0);
+        for layer in &self.spec.layers {
+            let attention = &layer.attention;
+            let mask = inputs.masks.iter_mut().find(|(window, _)| *window == attention.window);
+            // Layers share masks.
+            if let Some((_, mask)) = mask.filter(|(_, mask)| !Arc::ptr_eq(mask.shared_segments(), &segments))
+            {
+                mask.set(&attention_parameters(attention), Arc::clone(&segments))?;
+            }
+        }
+        inputs.tokens = run.ids.len();
+        Ok(true)
+    }
+
+    /// Targets of a run's tokens, filled up with untrained ones.
+    ///
+    /// # Errors
+    /// A label beyond the vocabulary; out of memory.
+    pub fn targets(&self, labels: &[i32], rows: usize) -> Result<Targets> {
+        Ok(Targets::new(&self.device, &padded_labels(labels, rows), self.spec.vocabulary)?)
+    }
+
+    fn padded_ids(&self, run: &TokenRun, rows: usize) -> Result<Vec<u32>> {
+        let covered: usize = run.documents.iter().map(|document| document.tokens).sum();
+        if covered != run.ids.len() || covered > rows {
+            return Err(Error::Usage(format!(
+                "documents cover {covered} of {} tokens, in a batch of {rows}",
+                run.ids.len()
+            )));
+        }
+        ops::check_ids(&run.ids, self.spec.vocabulary)?;
+        let mut ids = run.ids.clone();
+        ids.resize(rows, 0);
+        Ok(ids)
+    }
+
+    /// The angles of a run, from the cache where all of its documents are of one epoch.
+    fn angles(&self, index: usize, rope: &Rope, positions: &[Positions], rows: usize) -> Result<RopeTable> {
+        let Some(first) = positions.first() else { return rope.table(&self.device, positions) };
+        let epoch = rope.epoch(first.document_length);
+        if positions.iter().any(|document| rope.epoch(document.document_length) != epoch) {
+            let filler = rows - positions.iter().map(|document| document.count).sum::<usize>();
+            let mut all = positions.to_vec();
+            all.push(Positions { first: 0, count: filler, document_length: first.document_length });
+            return rope.table(&self.device, &all);
+        }
+        let longest = positions.iter().map(|document| document.first + document.count).max().unwrap_or(0);
+        let mut cache = self.angle_cache.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let held =
+            cache.get(&index).filter(|angles| angles.epoch == epoch && angles.cosines.rows() >= longest);
+        let angles = match held {
+            Some(angles) => angles.clone(),
+            None => {
+                let count = longest.next_power_of_two().max(FEWEST_POSITIONS);
+                let (cosines, sines) = rope.angles(&self.device, count, first.document_length)?;
+                let angles = Angles { epoch, cosines, sines };
+                cache.insert(index, angles.clone());
+                angles
+            }
+        };
+        let rows = padded_rows(positions, rows);
+        Ok(RopeTable::indexed(&angles.cosines, &angles.sines, &rows, rope.pairing)?)
+    }
+}
+
+/// Labels filled up with untrained tokens.
+pub fn padded_labels(labels: &[i32], rows: usize) -> Vec<i32> {
+    let mut padded = labels.to_vec();
+    padded.resize(rows.max(labels.len()), -100);
+    padded
+}
+
+fn positions_of(run: &TokenRun) -> Vec<Positions> {
+    let position = |document: &super::decoder::Document| Positions {
+        first: document.first_position,
+        count: document.tokens,
+        document_length: document.rope_length,
+    };
+    run.documents.iter().map(position).collect()
+}
+
+/// Each token's row of the angles, which is its position; padding has the first.
+fn padded_rows(positions: &[Positions], rows: usize) -> Vec<u32> {
+    let each = positions.iter().flat_map(|document| document.first..document.first + document.count);
+    let mut all: Vec<u32> = each.map(|position| position as u32).collect();
+    all.resize(rows, 0);
+    all
+}
+
+fn segments_of(run: &TokenRun, held: usize) -> Arc<[Segment]> {
+    let mut start = 0;
+    let segment = |document: &super::decoder::Document| {
+        let segment = Segment {
+            query_start: start,
+            query_length: document.tokens,
+            key_start: start,
+            key_length: held + document.tokens,
+        };
+        start += document.tokens;
+        segment
+    };
+    run.documents.iter().map(segment).collect()
+}
