@@ -4,7 +4,7 @@
 // of the result lie out_pitch apart, or, for inner > 1, as those of x with out_pitch for pitch.
 // `shift` is added to the weight: 1 for the Gemma families. `weighted` = 0: no weight is read.
 // Bytes: forward 2 rows, backward 3 (4 when it accumulates). ALIGNED: width, pitches and addresses are multiples of 8
-// elements and 16 bytes.
+// elements and 16 bytes; a thread then holds VECTORS times 8 elements of its row, so that each is read once.
 //
 // rms_norm           grid rows, group 32..1024 threads
 // rms_norm_backward  the same; d_x is overwritten, or added to when `accumulate`
@@ -23,24 +23,30 @@ KERNEL(rms_norm)(
     out += row_start(GROUP_X, inner, out_pitch, width);
     float squares = 0.0f;
 #if ALIGNED
-    for (uint i = THREAD * 8; i < width; i += THREADS * 8) {
-        Eight a = load_eight(x + i);
-        for (int j = 0; j < 8; ++j) squares += a.v[j] * a.v[j];
+    Eight a[VECTORS];
+    UNROLL for (uint n = 0; n < VECTORS; ++n) {
+        uint i = (n * THREADS + THREAD) * 8;
+        if (i < width) a[n] = load_eight(x + i);
+    }
+    UNROLL for (uint n = 0; n < VECTORS; ++n) {
+        if ((n * THREADS + THREAD) * 8 >= width) continue;
+        for (int j = 0; j < 8; ++j) squares += a[n].v[j] * a[n].v[j];
     }
 #else
     for (uint i = THREAD; i < width; i += THREADS) squares += widen(x[i]) * widen(x[i]);
 #endif
     float scale = 1.0f / square_root(group_sum(squares, scratch) / (float)width + epsilon);
 #if ALIGNED
-    for (uint i = THREAD * 8; i < width; i += THREADS * 8) {
-        Eight a = load_eight(x + i);
+    UNROLL for (uint n = 0; n < VECTORS; ++n) {
+        uint i = (n * THREADS + THREAD) * 8;
+        if (i >= width) continue;
         if (weighted) {
             Eight w = load_eight(weight + i);
-            for (int j = 0; j < 8; ++j) a.v[j] = a.v[j] * scale * (w.v[j] + shift);
+            for (int j = 0; j < 8; ++j) a[n].v[j] = a[n].v[j] * scale * (w.v[j] + shift);
         } else {
-            for (int j = 0; j < 8; ++j) a.v[j] *= scale;
+            for (int j = 0; j < 8; ++j) a[n].v[j] *= scale;
         }
-        store_eight(a, out + i);
+        store_eight(a[n], out + i);
     }
 #else
     for (uint i = THREAD; i < width; i += THREADS) {
@@ -60,13 +66,22 @@ KERNEL(rms_norm_backward)(
     d_x += row_start(GROUP_X, inner, d_pitch, width);
     float squares = 0.0f, product = 0.0f;
 #if ALIGNED
-    for (uint i = THREAD * 8; i < width; i += THREADS * 8) {
-        Eight a = load_eight(x + i), d = load_eight(d_out + i), w;
-        for (int j = 0; j < 8; ++j) w.v[j] = 1.0f - shift;
-        if (weighted) w = load_eight(weight + i);
+    Eight a[VECTORS], d[VECTORS];
+    UNROLL for (uint n = 0; n < VECTORS; ++n) {
+        uint i = (n * THREADS + THREAD) * 8;
+        if (i < width) a[n] = load_eight(x + i);
+        if (i < width) d[n] = load_eight(d_out + i);
+    }
+    UNROLL for (uint n = 0; n < VECTORS; ++n) {
+        uint i = (n * THREADS + THREAD) * 8;
+        if (i >= width) continue;
+        if (weighted) {
+            Eight w = load_eight(weight + i);
+            for (int j = 0; j < 8; ++j) d[n].v[j] *= w.v[j] + shift;
+        }
         for (int j = 0; j < 8; ++j) {
-            squares += a.v[j] * a.v[j];
-            product += a.v[j] * d.v[j] * (w.v[j] + shift);
+            squares += a[n].v[j] * a[n].v[j];
+            product += a[n].v[j] * d[n].v[j];
         }
     }
 #else
@@ -82,16 +97,15 @@ KERNEL(rms_norm_backward)(
     float scale = 1.0f / square_root(squares / (float)width + epsilon);
     float back = product * scale * scale * scale / (float)width;
 #if ALIGNED
-    for (uint i = THREAD * 8; i < width; i += THREADS * 8) {
-        Eight a = load_eight(x + i), d = load_eight(d_out + i), w;
-        for (int j = 0; j < 8; ++j) w.v[j] = 1.0f - shift;
-        if (weighted) w = load_eight(weight + i);
-        for (int j = 0; j < 8; ++j) a.v[j] = d.v[j] * (w.v[j] + shift) * scale - a.v[j] * back;
+    UNROLL for (uint n = 0; n < VECTORS; ++n) {
+        uint i = (n * THREADS + THREAD) * 8;
+        if (i >= width) continue;
+        for (int j = 0; j < 8; ++j) a[n].v[j] = d[n].v[j] * scale - a[n].v[j] * back;
         if (accumulate) {
             Eight held = load_eight(d_x + i);
-            for (int j = 0; j < 8; ++j) a.v[j] += held.v[j];
+            for (int j = 0; j < 8; ++j) a[n].v[j] += held.v[j];
         }
-        store_eight(a, d_x + i);
+        store_eight(a[n], d_x + i);
     }
 #else
     for (uint i = THREAD; i < width; i += THREADS) {

@@ -60,6 +60,9 @@ struct TrainBench {
     /// Where to compute
     #[arg(long, value_enum, default_value = "auto")]
     device: DeviceChoice,
+    /// Print on stderr what each kernel of one more step takes (GPUs only)
+    #[arg(long)]
+    profile: bool,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -117,6 +120,22 @@ fn train(arguments: &TrainBench) -> anyhow::Result<ExitCode> {
         loss = learner.step(step, 1e-4, std::slice::from_ref(&batch))?.loss;
         if step >= WARM_UP_STEPS {
             seconds.push(start.elapsed().as_secs_f64());
+        }
+    }
+    if arguments.profile {
+        learner.forget_recording();
+        let batch = random_batch(arguments.batch_size, arguments.max_seq_len, vocabulary, 0);
+        let step = WARM_UP_STEPS + arguments.steps;
+        let work = || learner.step(step, 1e-4, std::slice::from_ref(&batch));
+        let (_, times) = device.profile(work)?;
+        let total: f64 = times.iter().map(|time| time.seconds).sum();
+        eprintln!(
+            "{:9.3} ms in {} kernels",
+            total * 1e3,
+            times.iter().map(|time| time.launches).sum::<usize>()
+        );
+        for time in &times {
+            eprintln!("{:9.3} ms {:5} x {}", time.seconds * 1e3, time.launches, time.name);
         }
     }
     seconds.sort_by(f64::total_cmp);

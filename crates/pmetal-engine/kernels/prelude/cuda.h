@@ -15,6 +15,7 @@
 #define GROUPS_X gridDim.x
 #define GROUPS_Y gridDim.y
 #define BARRIER() __syncthreads()
+#define UNROLL _Pragma("unroll")
 
 typedef unsigned int uint;
 typedef unsigned short ushort;

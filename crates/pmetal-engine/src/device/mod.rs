@@ -86,6 +86,22 @@ impl Device {
         }
     }
 
+    /// Times every kernel that `work` launches one by one, and returns sums by name, the longest first; nothing for a CPU.
+    /// Events around kernels add some microseconds to each.
+    ///
+    /// # Errors
+    /// What `work` returns; [`crate::Error::Driver`] when the device failed.
+    pub fn profile<T, E: From<crate::Error>>(
+        &self,
+        work: impl FnOnce() -> std::result::Result<T, E>,
+    ) -> std::result::Result<(T, Vec<KernelTime>), E> {
+        let Store::Remote(runtime) = &self.0.store else { return Ok((work()?, Vec::new())) };
+        runtime.start_profile();
+        let outcome = work();
+        let times = runtime.end_profile();
+        Ok((outcome?, times?))
+    }
+
     /// Free and total bytes of a device's own memory, over all processes; `None` for a CPU.
     ///
     /// # Errors
@@ -166,6 +182,17 @@ impl Device {
             (_, Memory::Host(_)) | (Store::Host(_), Memory::Remote { .. }) => {}
         }
     }
+}
+
+/// The time of all launches of one kernel.
+#[derive(Debug, Clone, PartialEq)]
+pub struct KernelTime {
+    /// The kernel, or a product with its sizes.
+    pub name: String,
+    /// How often it was launched.
+    pub launches: usize,
+    /// Their time together.
+    pub seconds: f64,
 }
 
 /// Work of a device that can be repeated at once; see [`Device::record`].

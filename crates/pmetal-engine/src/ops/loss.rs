@@ -15,7 +15,9 @@ const DEVICE_LOGIT_CHUNK_BYTES: usize = 256 << 20;
 /// Tokens of one chunk for a vocabulary of that size, on a CPU or on another device.
 pub fn logit_chunk_rows(on_host: bool, vocabulary: usize) -> usize {
     let bytes = if on_host { LOGIT_CHUNK_BYTES } else { DEVICE_LOGIT_CHUNK_BYTES };
-    (bytes / (4 * vocabulary.max(1))).clamp(1, 1024)
+    let rows = (bytes / (4 * vocabulary.max(1))).clamp(1, 1024);
+    // Whole tiles of matrix units.
+    if on_host || rows < 128 { rows } else { rows / 128 * 128 }
 }
 
 /// The label of a token that is not trained.

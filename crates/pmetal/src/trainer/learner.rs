@@ -183,6 +183,12 @@ impl Learner {
         Ok(Self { decoder, parameters, states, settings, padded_tokens: 0, last_shape, recorded })
     }
 
+    /// Drops the recording of a step, so that the next one launches its kernels one by one.
+    pub fn forget_recording(&mut self) {
+        self.recorded = None;
+        self.last_shape = None;
+    }
+
     /// Fills micro-batches up to this many tokens on devices other than a CPU, so that steps are of one shape.
     pub fn pad_to(&mut self, tokens: usize) {
         self.padded_tokens = tokens;

@@ -89,6 +89,14 @@ impl Kernel {
         self.define("ALIGNED", aligned)
     }
 
+    /// Rows of a width that [`lanes`] threads hold in registers when they are aligned.
+    pub(super) fn row(self, width: usize, aligned: bool) -> Self {
+        let vectors = width.div_ceil(8 * lanes(width)).max(1);
+        // Longer rows than all threads can hold are read twice.
+        let aligned = aligned && vectors <= MOST_VECTORS;
+        self.aligned(aligned).number("VECTORS", if aligned { vectors } else { 1 })
+    }
+
     pub(super) fn define(self, name: &'static str, value: bool) -> Self {
         self.number(name, value.into())
     }
@@ -132,20 +140,12 @@ impl Kernel {
     }
 }
 
-/// Elements that a thread takes at a time.
-#[derive(Clone, Copy)]
-pub(super) enum Lanes {
-    One,
-    Eight,
-}
+/// Vectors of eight elements that a thread holds at most.
+const MOST_VECTORS: usize = 4;
 
-/// Threads for a row: whole SIMD groups, at most 1024.
-pub(super) fn lanes(width: usize, each: Lanes) -> usize {
-    let each = match each {
-        Lanes::One => 1,
-        Lanes::Eight => 8,
-    };
-    width.div_ceil(each).next_multiple_of(32).clamp(32, 1024)
+/// Threads for a row: whole SIMD groups that hold it, at most 1024.
+pub(super) fn lanes(width: usize) -> usize {
+    width.div_ceil(8 * MOST_VECTORS).next_multiple_of(32).clamp(32, 1024)
 }
 
 /// Whether rows of `columns` elements of all tensors can be read and written by 16 bytes.

@@ -16,7 +16,7 @@ use std::sync::Arc;
 pub(crate) use optimizer::control_values;
 pub(crate) use runtime::Runtime;
 
-use launch::{Kernel, Lanes, lanes};
+use launch::{Kernel, lanes};
 use runtime::{Argument, DeviceFacts};
 
 use super::{
@@ -176,12 +176,12 @@ impl Kernels for Gpu {
         Kernel::new("norm", "rms_norm")
             .element(x.dtype())
             .weight(weight.map_or(DType::F32, Tensor::dtype))
-            .aligned(launch::is_aligned(width, &all))
+            .row(width, launch::is_aligned(width, &all))
             .arguments(&[x.into(), weight.into(), out.into()])
             .sizes(&[width, inner, x.pitch(), out.pitch()])
             .arguments(&[Argument::F32(epsilon), Argument::F32(shift(kind))])
             .arguments(&[Argument::U32(weight.is_some().into())])
-            .launch(self.runtime.as_ref(), [rows, 1, 1], lanes(width, Lanes::Eight));
+            .launch(self.runtime.as_ref(), [rows, 1, 1], lanes(width));
     }
 
     fn rms_norm_backward(
@@ -200,12 +200,12 @@ impl Kernels for Gpu {
             Kernel::new("norm", "rms_norm_backward")
                 .element(x.dtype())
                 .weight(weight.map_or(DType::F32, Tensor::dtype))
-                .aligned(launch::is_aligned(width, &all))
+                .row(width, launch::is_aligned(width, &all))
                 .arguments(&[x.into(), weight.into(), d_out.into(), d_x.into()])
                 .sizes(&[width, inner, x.pitch(), d_out.pitch(), d_x.pitch()])
                 .arguments(&[Argument::F32(epsilon), Argument::F32(shift(kind))])
                 .arguments(&[Argument::U32(weight.is_some().into()), Argument::U32(accumulate.into())])
-                .launch(self.runtime.as_ref(), [rows, 1, 1], lanes(width, Lanes::Eight));
+                .launch(self.runtime.as_ref(), [rows, 1, 1], lanes(width));
         }
         let Some(d_weight) = d_weight else { return };
         let parts = rows.clamp(1, SUM_PARTS);
@@ -217,13 +217,15 @@ impl Kernels for Gpu {
         Kernel::new("norm", "rms_scales")
             .element(x.dtype())
             .weight(DType::F32)
+            .row(width, false)
             .arguments(&[x.into(), (&scales).into()])
             .sizes(&[width, inner, x.pitch()])
             .arguments(&[Argument::F32(epsilon)])
-            .launch(self.runtime.as_ref(), [rows, 1, 1], lanes(width, Lanes::One));
+            .launch(self.runtime.as_ref(), [rows, 1, 1], lanes(width));
         Kernel::new("norm", "norm_weight_sums")
             .element(x.dtype())
             .weight(DType::F32)
+            .row(width, false)
             .arguments(&[x.into(), d_out.into(), (&scales).into(), (&sums).into()])
             .sizes(&[rows, width, inner, x.pitch(), d_out.pitch()])
             .launch(self.runtime.as_ref(), [width.div_ceil(128), parts, 1], 128);
@@ -234,13 +236,19 @@ impl Kernels for Gpu {
         let (tokens, row) = rows_and_columns(x);
         let (width, half) = (x.columns(), angles.cosines.columns());
         let heads = row.checked_div(width).unwrap_or(0);
+        let halves = angles.pairing == RopePairing::Halves;
+        let aligned = halves
+            && launch::is_aligned(width, &[x])
+            && launch::is_aligned(half, &[angles.cosines, angles.sines]);
+        let (threads, pairs) = if aligned { (128, 1024) } else { (256, 256) };
         Kernel::new("rope", "rope")
             .element(x.dtype())
-            .define("PAIRS_HALVES", angles.pairing == RopePairing::Halves)
+            .define("PAIRS_HALVES", halves)
+            .aligned(aligned)
             .arguments(&[x.into(), angles.cosines.into(), angles.sines.into(), angles.rows.into()])
             .sizes(&[heads, width, x.pitch(), half])
             .arguments(&[Argument::F32(if inverse { -1.0 } else { 1.0 })])
-            .launch(self.runtime.as_ref(), [tokens, (heads * half).div_ceil(256), 1], 256);
+            .launch(self.runtime.as_ref(), [tokens, (heads * half).div_ceil(pairs), 1], threads);
     }
 
     fn attention(
@@ -387,6 +395,7 @@ impl Kernels for Gpu {
         let losses = Tensor::scratch(logits.device(), Category::Workspace, DType::F32, &[rows])?;
         Kernel::new("loss", "cross_entropy")
             .element(gradient)
+            .aligned(columns.is_multiple_of(8))
             .arguments(&[(&logits).into(), labels.into(), (&losses).into()])
             .sizes(&[columns])
             .arguments(&[
@@ -426,6 +435,7 @@ impl Gpu {
     fn add_values(&self, module: &'static str, kernel: &'static str, values: &Tensor, total: &mut Tensor) {
         Kernel::new(module, kernel)
             .element(DType::F32)
+            .aligned(false)
             .arguments(&[values.into(), total.into()])
             .sizes(&[values.elements()])
             .launch(self.runtime.as_ref(), [1, 1, 1], 1024);

@@ -16,7 +16,9 @@ impl Gpu {
         arithmetic: Arithmetic,
     ) -> Result<()> {
         let mut accumulate = finish.accumulate;
-        if let Some(residual) = finish.residual {
+        let alike = |residual: &&Tensor| residual.is_contiguous() && out.is_contiguous();
+        let addend = finish.residual.filter(alike).map(Tensor::address);
+        if let Some(residual) = finish.residual.filter(|_| addend.is_none()) {
             self.move_rows(residual, out, 1.0, false);
             accumulate = true;
         }
@@ -49,6 +51,7 @@ impl Gpu {
                 bias: finish.bias.filter(|_| index == 0).map(|bias| (bias.address(), bias.dtype())),
                 scale: finish.scale,
                 accumulate: accumulate || index > 0,
+                addend: addend.filter(|_| index == 0),
                 tf32: false,
             })?;
         }

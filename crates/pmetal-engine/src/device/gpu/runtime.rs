@@ -1,6 +1,7 @@
 //! What the GPU kernels need of a driver.
 
 use crate::DType;
+use crate::device::KernelTime;
 use crate::error::Result;
 
 /// The driver of one device. Everything is ordered on one stream. The first failure of asynchronous work is kept,
@@ -70,6 +71,15 @@ pub(crate) trait Runtime: Send + Sync {
     /// # Errors
     /// [`crate::Error::Driver`] with the first failure so far.
     fn end_recording(&self) -> Result<Box<dyn Replay>>;
+
+    /// Starts to time every kernel.
+    fn start_profile(&self);
+
+    /// Stops to time kernels, waits, and returns sums by name, the longest first.
+    ///
+    /// # Errors
+    /// [`crate::Error::Driver`] with the first failure so far.
+    fn end_profile(&self) -> Result<Vec<KernelTime>>;
 
     /// Keeps a failure that happened on the way to a launch, as one of the device's own.
     fn fail(&self, call: &'static str, reason: &str);
@@ -202,6 +212,8 @@ pub(crate) struct Gemm {
     pub(crate) scale: f32,
     /// Whether to add to what the output holds.
     pub(crate) accumulate: bool,
+    /// Address of a matrix with the output's type and pitch that is added instead of what the output holds.
+    pub(crate) addend: Option<u64>,
     /// Whether f32 operands may be rounded to 11 bits; 16-bit ones are multiplied exactly either way.
     pub(crate) tf32: bool,
 }

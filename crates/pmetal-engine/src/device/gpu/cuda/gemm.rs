@@ -52,6 +52,8 @@ struct Call {
     a: u64,
     b: u64,
     out: u64,
+    /// What is added when `accumulate`.
+    addend: u64,
     scale: f32,
     accumulate: bool,
 }
@@ -133,8 +135,9 @@ impl Products {
             a: gemm.right.address,
             b: gemm.left.address,
             out: gemm.out.address,
+            addend: gemm.addend.unwrap_or(gemm.out.address),
             scale: gemm.scale,
-            accumulate: gemm.accumulate,
+            accumulate: gemm.accumulate || gemm.addend.is_some(),
         };
         let mut plan = match self.plans.remove(&problem) {
             Some(plan) => plan,
@@ -365,7 +368,7 @@ impl Products {
                 call.b,
                 plan.b.handle,
                 std::ptr::from_ref(&beta).cast(),
-                call.out,
+                call.addend,
                 plan.out.handle,
                 call.out,
                 plan.out.handle,

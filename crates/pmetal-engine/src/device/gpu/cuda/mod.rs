@@ -9,6 +9,7 @@ mod gemm;
 mod graph;
 mod pool;
 mod problem;
+mod profile;
 mod staging;
 mod stream;
 mod tensor_map;
@@ -30,6 +31,7 @@ pub(crate) use staging::{Event, PinnedBuffer};
 
 use super::runtime::{Argument, DeviceFacts, Gemm, Launch, ModuleText, Replay, Runtime};
 use crate::DType;
+use crate::device::KernelTime;
 use crate::error::{Error, Result};
 use bindings::{CAPTURE_THREAD_LOCAL, CopyRows, EncodedMap, Handle, MEMORY_DEVICE, SUCCESS};
 use compile::Modules;
@@ -37,6 +39,7 @@ use disk::DiskCache;
 use gemm::Products;
 use graph::PrivateMemory;
 use pool::Pool;
+use profile::Profile;
 use staging::Staging;
 use stream::{DriverMemory, Stream, failed, lock};
 
@@ -78,6 +81,7 @@ pub(crate) struct Cuda {
     products: Mutex<Option<Products>>,
     staging: Mutex<Staging>,
     capture: Mutex<Option<PrivateMemory>>,
+    profile: Mutex<Option<Profile>>,
     pool: Arc<Mutex<Pool<DriverMemory>>>,
     cache: DiskCache,
     deterministic: bool,
@@ -101,6 +105,7 @@ impl Cuda {
             products: Mutex::new(None),
             staging: Mutex::new(Staging::new(&stream)),
             capture: Mutex::new(None),
+            profile: Mutex::new(None),
             pool: Arc::new(Mutex::new(Pool::new(DriverMemory(stream.clone())))),
             cache,
             deterministic: options.deterministic,
@@ -222,6 +227,22 @@ impl Cuda {
         graph
     }
 
+    /// Runs `work` between two events while a profile is taken.
+    fn profiled(&self, name: impl Fn() -> String, work: impl Fn() -> Result<()>) -> Result<()> {
+        let mut profile = lock(&self.profile);
+        match profile.as_mut().filter(|_| !self.stream.capturing()) {
+            None => {
+                drop(profile);
+                work()
+            }
+            Some(profile) => {
+                let begin = Profile::begin(&self.stream)?;
+                work()?;
+                profile.end(name(), begin, &self.stream)
+            }
+        }
+    }
+
     fn try_launch(&self, launch: &Launch<'_>) -> Result<()> {
         if launch.grid.contains(&0) {
             return Ok(());
@@ -339,6 +360,22 @@ impl Cuda {
             ],
         })
     }
+}
+
+/// A product by sizes, for profiles.
+fn product_name(gemm: &Gemm) -> String {
+    let side = |matrix: &super::runtime::Matrix| if matrix.transposed { 'T' } else { 'N' };
+    let more = if gemm.accumulate { " +=" } else { "" };
+    format!(
+        "product {} x {} x {} {}{} {} -> {}{more}",
+        gemm.rows,
+        gemm.columns,
+        gemm.inner,
+        side(&gemm.left),
+        side(&gemm.right),
+        gemm.operands,
+        gemm.out_dtype
+    )
 }
 
 impl Argument {
@@ -482,12 +519,20 @@ impl Runtime for Cuda {
     }
 
     fn launch(&self, launch: &Launch<'_>) {
-        let result = self.try_launch(launch);
+        let result = self.profiled(|| launch.kernel.to_owned(), || self.try_launch(launch));
         self.stream.keep(result);
     }
 
     fn gemm(&self, gemm: &Gemm) -> Result<()> {
-        self.try_gemm(gemm)
+        self.profiled(|| product_name(gemm), || self.try_gemm(gemm))
+    }
+
+    fn start_profile(&self) {
+        *lock(&self.profile) = Some(Profile::new());
+    }
+
+    fn end_profile(&self) -> Result<Vec<KernelTime>> {
+        lock(&self.profile).take().map_or(Ok(Vec::new()), Profile::finish)
     }
 
     fn synchronize(&self) -> Result<()> {

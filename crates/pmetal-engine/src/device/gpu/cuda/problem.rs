@@ -82,7 +82,7 @@ impl Problem {
             out_type,
             compute: if tf32 { COMPUTE_TF32 } else { COMPUTE_F32 },
             bias: gemm.bias.is_some_and(|bias| bias.1 == gemm.out_dtype),
-            accumulate: gemm.accumulate,
+            accumulate: gemm.accumulate || gemm.addend.is_some(),
         })
     }
 
@@ -162,6 +162,7 @@ mod tests {
             bias: None,
             scale: 1.0,
             accumulate: false,
+            addend: None,
             tf32: true,
         }
     }

@@ -262,6 +262,7 @@ fn a_captured_graph_repeats_its_work_on_memory_of_its_own() {
             bias: None,
             scale: 1.0,
             accumulate: true,
+            addend: None,
             tf32: false,
         };
         cuda.gemm(&product).unwrap();

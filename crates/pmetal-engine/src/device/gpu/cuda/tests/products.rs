@@ -78,6 +78,7 @@ fn error_of(cuda: &Cuda, case: &Case, seed: &mut u64) -> crate::Result<f64> {
         bias: bias.as_ref().map(|((matrix, _), dtype)| (matrix.address, *dtype)),
         scale: 0.5,
         accumulate: case.accumulate,
+        addend: None,
         tf32: case.tf32,
     };
     cuda.gemm(&gemm)?;
@@ -261,6 +262,7 @@ fn rates_of_large_products_are_printed() {
                 bias: None,
                 scale: 1.0,
                 accumulate,
+                addend: None,
                 tf32: false,
             };
             let clock = std::time::Instant::now();
