@@ -521,6 +521,18 @@ pub trait Kernels: Send + Sync {
         d_up: &mut Tensor,
     );
 
+    /// [`Self::gated_backward`] that leaves the gradients where gate and up are; false, with nothing done, where the
+    /// device has no such kernel.
+    fn gated_backward_in_place(
+        &self,
+        _activation: GateActivation,
+        _gate: &mut Tensor,
+        _up: &mut Tensor,
+        _d_out: &Tensor,
+    ) -> bool {
+        false
+    }
+
     /// Adds the sum over rows of `x` to `out`, f32 \[columns\].
     fn sum_rows(&self, x: &Tensor, out: &mut Tensor);
 

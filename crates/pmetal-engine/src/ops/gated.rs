@@ -48,10 +48,19 @@ pub fn gated_with_spare(
     let var = tape.push(out, slots.iter().any(Option::is_some), |slot| {
         Box::new(move |gradients| {
             let Some(d_out) = gradients.take(slot) else { return Ok(()) };
-            let [mut d_gate, mut d_up] =
-                Tensor::scratch_alike(Category::Activations, [&gate_value, &up_value])?;
             let kernels = device.kernels();
-            kernels.gated_backward(activation, &gate_value, &up_value, &d_out, &mut d_gate, &mut d_up);
+            let (mut gate, mut up) = (gate_value, up_value);
+            // Nobody reads them after this.
+            let in_place = gate.is_unique()
+                && up.is_unique()
+                && kernels.gated_backward_in_place(activation, &mut gate, &mut up, &d_out);
+            let [d_gate, d_up] = if in_place {
+                [gate, up]
+            } else {
+                let [mut d_gate, mut d_up] = Tensor::scratch_alike(Category::Activations, [&gate, &up])?;
+                kernels.gated_backward(activation, &gate, &up, &d_out, &mut d_gate, &mut d_up);
+                [d_gate, d_up]
+            };
             drop(d_out);
             for (slot, gradient) in slots.into_iter().zip([d_gate, d_up]) {
                 if let Some(slot) = slot {

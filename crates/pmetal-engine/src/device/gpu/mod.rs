@@ -301,14 +301,24 @@ impl Kernels for Gpu {
         d_gate: &mut Tensor,
         d_up: &mut Tensor,
     ) {
-        let (rows, columns) = rows_and_columns(gate);
-        Kernel::new("gated", "gated_backward")
-            .element(gate.dtype())
-            .define("SILU", activation == GateActivation::Silu)
-            .aligned(launch::is_aligned(columns, &[gate, up, d_out, d_gate, d_up]))
-            .arguments(&[gate.into(), up.into(), d_out.into(), (&mut *d_gate).into(), (&mut *d_up).into()])
-            .sizes(&[columns, gate.pitch(), up.pitch(), d_out.pitch(), d_gate.pitch(), d_up.pitch()])
-            .launch(self.runtime.as_ref(), [rows, columns.div_ceil(2048), 1], 256);
+        let pitches = [gate.pitch(), up.pitch(), d_out.pitch(), d_gate.pitch(), d_up.pitch()];
+        let addresses =
+            [gate.address(), up.address(), d_out.address(), d_gate.address_mut(), d_up.address_mut()];
+        self.gate_gradients(activation, rows_and_columns(gate), gate.dtype(), addresses, pitches);
+    }
+
+    fn gated_backward_in_place(
+        &self,
+        activation: GateActivation,
+        gate: &mut Tensor,
+        up: &mut Tensor,
+        d_out: &Tensor,
+    ) -> bool {
+        let pitches = [gate.pitch(), up.pitch(), d_out.pitch(), gate.pitch(), up.pitch()];
+        let (own_gate, own_up) = (gate.address_mut(), up.address_mut());
+        let addresses = [own_gate, own_up, d_out.address(), own_gate, own_up];
+        self.gate_gradients(activation, rows_and_columns(gate), gate.dtype(), addresses, pitches);
+        true
     }
 
     fn sum_rows(&self, x: &Tensor, out: &mut Tensor) {
@@ -420,6 +430,28 @@ impl Kernels for Gpu {
 }
 
 impl Gpu {
+    /// Gate, up, d_out, d_gate and d_up by address and pitch; a thread reads its elements before it writes.
+    fn gate_gradients(
+        &self,
+        activation: GateActivation,
+        (rows, columns): (usize, usize),
+        dtype: DType,
+        addresses: [u64; 5],
+        pitches: [usize; 5],
+    ) {
+        let aligned = columns.is_multiple_of(8)
+            && pitches.iter().all(|pitch| pitch.is_multiple_of(8))
+            && addresses.iter().all(|address| address.is_multiple_of(16));
+        Kernel::new("gated", "gated_backward")
+            .element(dtype)
+            .define("SILU", activation == GateActivation::Silu)
+            .aligned(aligned)
+            .arguments(&addresses.map(Argument::Address))
+            .sizes(&[columns])
+            .sizes(&pitches)
+            .launch(self.runtime.as_ref(), [rows, columns.div_ceil(2048), 1], 256);
+    }
+
     fn choose_rows(&self, kernel: &'static str, x: &Tensor, indices: &Tensor, out: &mut Tensor) {
         let columns = x.columns();
         Kernel::new("elementwise", kernel)
