@@ -66,6 +66,18 @@ impl Parameter {
         state.gradient.clone().filter(|_| state.is_reached)
     }
 
+    /// Lets gradients be summed in this memory, which is zero, from now on.
+    pub(crate) fn set_gradient_memory(&self, gradient: Tensor) {
+        let mut state = self.state();
+        state.gradient = Some(gradient);
+        state.is_reached = false;
+    }
+
+    /// Says that something was added to the gradient's memory.
+    pub(crate) fn mark_reached(&self) {
+        self.state().is_reached = true;
+    }
+
     /// The gradient's memory, also after an optimizer step has taken it: what a step that changed nothing leaves.
     pub fn last_gradient(&self) -> Option<Tensor> {
         self.state().gradient.clone()

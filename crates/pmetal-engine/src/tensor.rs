@@ -179,7 +179,7 @@ impl Tensor {
         match self.buffer.memory {
             Memory::Host(_) => self.bytes_mut().fill(byte),
             Memory::Remote { .. } => {
-                assert!(self.part.is_none(), "invariant: only contiguous tensors are filled");
+                assert!(self.is_contiguous(), "invariant: only contiguous tensors are filled");
                 let (address, length) = (self.address_mut(), self.byte_length());
                 self.device().remote().fill(address, byte, length);
             }

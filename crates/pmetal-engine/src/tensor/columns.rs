@@ -53,7 +53,8 @@ impl Tensor {
 
     /// Whether rows follow each other without a gap.
     pub fn is_contiguous(&self) -> bool {
-        self.part.is_none()
+        let row = || self.shape.get(1..).unwrap_or_default().iter().product::<usize>();
+        self.part.as_ref().is_none_or(|part| part.pitch == row())
     }
 
     /// Divides a matrix \[T, sum of widths\] into matrices \[T, width\] that share its memory. Each may be written by
