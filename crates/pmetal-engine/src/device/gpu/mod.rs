@@ -6,6 +6,8 @@
 
 mod attention;
 pub(crate) mod cuda;
+#[cfg(test)]
+mod emulator;
 mod launch;
 mod optimizer;
 mod products;

@@ -1,0 +1,107 @@
+//! Linear layers of one input as one product, and columns as tensors.
+
+use super::*;
+use crate::device::NormWeight;
+use crate::ops::{Linear, LinearGroup, LinearOptions, Lora, linear_group, rms_norm};
+use crate::{Parameter, Tape, Var, Weight};
+
+const WIDTH: usize = 24;
+const FEATURES: [usize; 3] = [16, 8, 10];
+
+fn layers(run: &Run<'_>) -> Vec<Linear> {
+    let trained =
+        |seed, shape: &[usize]| Weight::Trainable(Parameter::new("adapter", run.floats(seed, shape)));
+    let layer = |index: usize| {
+        let (seed, features) = (10 * index as u64, FEATURES[index]);
+        let lora = Lora {
+            a: trained(seed + 1, &[3, WIDTH]),
+            b: trained(seed + 2, &[features, 3]),
+            scale: 0.5,
+            dropout: 0.0,
+            stream: index as u32,
+        };
+        Linear {
+            weight: Weight::Frozen(run.dense(seed + 3, &[features, WIDTH])),
+            bias: (index == 1).then(|| Weight::Frozen(run.floats(seed + 4, &[features]))),
+            // The last layer has no adapter.
+            lora: (index < 2).then_some(lora),
+        }
+    };
+    (0..3).map(layer).collect()
+}
+
+/// Norm, then three layers; results, the input's gradient and those of the adapters.
+fn pass(run: &Run<'_>, packs: bool) -> Vec<Tensor> {
+    let mut group = LinearGroup::new(layers(run));
+    if packs {
+        group.pack(run.dtype).unwrap();
+        assert_eq!(group.spare(), if run.device.is_host() { 0 } else { 8 });
+    }
+    let tape = Tape::recording();
+    let leaf = tape.leaf(run.dense(100, &[5, WIDTH]));
+    let normed = if packs {
+        crate::ops::rms_norm_with_spare(&tape, &leaf, None, NormWeight::Plain, 1e-3, group.spare()).unwrap()
+    } else {
+        rms_norm(&tape, &leaf, None, NormWeight::Plain, 1e-3).unwrap()
+    };
+    let outputs = linear_group(&tape, &normed, &group, LinearOptions::default()).unwrap();
+    drop(normed);
+    let mut results: Vec<Tensor> =
+        outputs.iter().map(|output| output.tensor().copy(Category::Workspace).unwrap()).collect();
+    let joined = merged(&tape, outputs);
+    let d_out = run.dense(101, &[5, 8]);
+    let mut gradients = tape.backward(&joined, d_out).unwrap();
+    results.push(gradients.take(leaf.slot().unwrap()).unwrap());
+    for lora in group.layers().iter().filter_map(|layer| layer.lora.as_ref()) {
+        results.extend([&lora.a, &lora.b].map(|weight| weight.parameter().unwrap().gradient().unwrap()));
+    }
+    results
+}
+
+/// A value \[5, 8\] that all three results flow into.
+fn merged(tape: &Tape, outputs: Vec<Var>) -> Var {
+    let device = outputs[0].tensor().device().clone();
+    let onto = |output: &Var, seed: u64, residual: Option<&Var>| {
+        let columns = output.tensor().columns();
+        let dtype = output.tensor().dtype();
+        let run = Run { device: &device, dtype, rounding: DType::Bf16, padding: 0, pads: RefCell::default() };
+        let weight = Weight::Frozen(run.dense(seed, &[8, columns]));
+        let layer = Linear { weight, bias: None, lora: None };
+        let options = LinearOptions { residual, ..LinearOptions::default() };
+        crate::ops::linear(tape, output, &layer, options).unwrap()
+    };
+    let first = onto(&outputs[0], 200, None);
+    let second = onto(&outputs[1], 201, Some(&first));
+    onto(&outputs[2], 202, Some(&second))
+}
+
+#[test]
+fn a_packed_group_computes_what_its_layers_compute() {
+    for dtype in [DType::F32, DType::Bf16] {
+        for packs in [false, true] {
+            check_padded(&format!("group, packed {packs}"), dtype, &[0], &|run| pass(run, packs));
+        }
+    }
+}
+
+#[test]
+fn columns_are_tensors_of_their_own_and_join_without_a_copy() {
+    let Some(device) = emulated(1) else { return };
+    let values = numbers(1, 6 * 21);
+    let whole = Tensor::from_slice(&device, Category::Workspace, &[6, 21], &values).unwrap();
+    let address = whole.address();
+    let mut parts = whole.split_columns(&[8, 3, 10]).unwrap();
+    for part in &mut parts {
+        device.kernels().scale(part, 2.0);
+    }
+    let middle: Vec<f32> =
+        (0..6).flat_map(|row| values[21 * row + 8..][..3].iter().map(|x| 2.0 * x)).collect();
+    assert_eq!(parts[1].to_vec::<f32>().unwrap(), middle);
+    let copies: Vec<Tensor> = parts.iter().map(|part| part.copy(Category::Workspace).unwrap()).collect();
+    let doubled: Vec<f32> = values.iter().map(|x| 2.0 * x).collect();
+    let joined = Tensor::join_columns(parts).unwrap();
+    assert_eq!((joined.address(), joined.to_vec::<f32>().unwrap()), (address, doubled.clone()));
+    let fresh = Tensor::join_columns(copies).unwrap();
+    assert_ne!(fresh.address(), address);
+    assert_eq!(fresh.to_vec::<f32>().unwrap(), doubled);
+}

@@ -1,0 +1,178 @@
+//! The portable kernels on the emulator against the processor's own. Without a compiler every test says so and passes.
+
+mod attention;
+mod groups;
+mod rows;
+mod runner;
+mod steps;
+
+use std::cell::RefCell;
+
+use half::{bf16, f16};
+
+use super::*;
+use crate::memory::Category;
+use crate::{DType, Device, Tensor};
+
+/// Widths that fill vectors, SIMD groups and rows of a group, and that do not.
+const WIDTHS: [usize; 6] = [1, 7, 33, 64, 100, 513];
+const TYPES: [DType; 3] = [DType::F32, DType::Bf16, DType::F16];
+/// Columns between rows: none, odd, and as many as keep rows aligned.
+const PADDINGS: [usize; 3] = [0, 3, 8];
+
+/// A device whose order of threads the seed decides; `None` where there is no compiler.
+fn emulated(seed: u64) -> Option<Device> {
+    if has_compiler() {
+        return Some(Device::gpu(Arc::new(Emulator::new(seed))));
+    }
+    println!("skipped: no C++ compiler");
+    None
+}
+
+fn round(value: f32, dtype: DType) -> f32 {
+    match dtype {
+        DType::Bf16 => bf16::from_f32(value).to_f32(),
+        DType::F16 => f16::from_f32(value).to_f32(),
+        _ => value,
+    }
+}
+
+/// Numbers from -1 to 1.
+fn numbers(seed: u64, count: usize) -> Vec<f32> {
+    let mut state = (seed + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+    let next = |_| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state >> 40) as f32 / (1 << 23) as f32 - 1.0
+    };
+    (0..count).map(next).collect()
+}
+
+/// One computation on one device. The processor computes in f32 from the values as the other's type rounds them.
+struct Run<'a> {
+    device: &'a Device,
+    dtype: DType,
+    rounding: DType,
+    padding: usize,
+    /// Columns behind those that are used.
+    pads: RefCell<Vec<Tensor>>,
+}
+
+impl Run<'_> {
+    fn place(&self, dtype: DType, shape: &[usize], padding: usize, values: &[f32]) -> Tensor {
+        let columns: usize = shape[1..].iter().product();
+        let mut padded = Vec::new();
+        for row in values.chunks(columns.max(1)) {
+            padded.extend_from_slice(row);
+            padded.extend(std::iter::repeat_n(f32::NAN, padding));
+        }
+        let whole = [shape[0], columns + padding];
+        let category = Category::Workspace;
+        let tensor = match dtype {
+            DType::Bf16 => {
+                let values: Vec<bf16> = padded.into_iter().map(bf16::from_f32).collect();
+                Tensor::from_slice(self.device, category, &whole, &values)
+            }
+            DType::F16 => {
+                let values: Vec<f16> = padded.into_iter().map(f16::from_f32).collect();
+                Tensor::from_slice(self.device, category, &whole, &values)
+            }
+            _ => Tensor::from_slice(self.device, category, &whole, &padded),
+        };
+        if padding == 0 {
+            return tensor.unwrap().reshape(shape).unwrap();
+        }
+        let mut parts = tensor.unwrap().split_columns(&[columns, padding]).unwrap();
+        self.pads.borrow_mut().push(parts.pop().unwrap());
+        parts.pop().unwrap().reshape(shape).unwrap()
+    }
+
+    /// Numbers of the run's type, with columns between the rows.
+    fn tensor(&self, seed: u64, shape: &[usize]) -> Tensor {
+        let values = numbers(seed, shape.iter().product());
+        let rounded: Vec<f32> = values.into_iter().map(|value| round(value, self.rounding)).collect();
+        self.place(self.dtype, shape, self.padding, &rounded)
+    }
+
+    /// As [`Self::tensor`], but for one row of zeros.
+    fn tensor_without(&self, seed: u64, shape: &[usize], row: usize) -> Tensor {
+        let columns: usize = shape[1..].iter().product();
+        let mut values = numbers(seed, shape[0] * columns);
+        values.iter_mut().for_each(|value| *value = round(*value, self.rounding));
+        values[row * columns..][..columns].fill(0.0);
+        self.place(self.dtype, shape, self.padding, &values)
+    }
+
+    /// As [`Self::tensor`], without gaps.
+    fn dense(&self, seed: u64, shape: &[usize]) -> Tensor {
+        Run { padding: 0, pads: RefCell::default(), ..*self }.tensor(seed, shape)
+    }
+
+    /// f32 numbers without gaps.
+    fn floats(&self, seed: u64, shape: &[usize]) -> Tensor {
+        self.place(DType::F32, shape, 0, &numbers(seed, shape.iter().product()))
+    }
+
+    /// What is to be written.
+    fn empty(&self, shape: &[usize]) -> Tensor {
+        let values = vec![f32::NAN; shape.iter().product()];
+        self.place(self.dtype, shape, self.padding, &values)
+    }
+
+    fn indices(&self, values: &[u32]) -> Tensor {
+        Tensor::from_slice(self.device, Category::Workspace, &[values.len()], values).unwrap()
+    }
+}
+
+fn results(
+    device: &Device,
+    dtypes: [DType; 2],
+    padding: usize,
+    work: &dyn Fn(&Run<'_>) -> Vec<Tensor>,
+) -> Vec<Vec<f32>> {
+    let [dtype, rounding] = dtypes;
+    let run = Run { device, dtype, rounding, padding, pads: RefCell::default() };
+    let results = work(&run).iter().map(|tensor| tensor.to_f32_vec().unwrap()).collect();
+    for pad in run.pads.take() {
+        let values = pad.to_f32_vec().unwrap();
+        assert!(values.iter().all(|value| value.is_nan()), "columns between rows were written");
+    }
+    results
+}
+
+fn tolerance(dtype: DType) -> f32 {
+    if dtype == DType::F32 { 1e-5 } else { 2e-2 }
+}
+
+/// Values differ by a part of themselves, or of what values usually are.
+fn assert_close(what: &str, actual: &[f32], expected: &[f32], tolerance: f32) {
+    assert_eq!(actual.len(), expected.len(), "{what}");
+    let finite = || expected.iter().filter(|value| value.is_finite());
+    let usual = (finite().map(|value| value * value).sum::<f32>() / finite().count().max(1) as f32).sqrt();
+    for (index, (&actual, &expected)) in actual.iter().zip(expected).enumerate() {
+        let is_close =
+            actual == expected || (actual - expected).abs() <= tolerance * (expected.abs() + usual);
+        assert!(is_close, "{what}: {actual} instead of {expected} at {index}");
+    }
+}
+
+/// Runs `work` on the processor and on two emulators with other orders of threads, which must agree to the bit.
+fn check_padded(what: &str, dtype: DType, paddings: &[usize], work: &dyn Fn(&Run<'_>) -> Vec<Tensor>) {
+    let (Some(first), Some(second)) = (emulated(1), emulated(2)) else { return };
+    let expected = results(&Device::cpu(), [DType::F32, dtype], 0, work);
+    for &padding in paddings {
+        let what = format!("{what}, {dtype}, {padding} columns between rows");
+        let [actual, again] = [&first, &second].map(|device| results(device, [dtype, dtype], padding, work));
+        assert_eq!(actual.len(), expected.len());
+        for (index, (actual, expected)) in actual.iter().zip(&expected).enumerate() {
+            assert_close(&format!("{what}, result {index}"), actual, expected, tolerance(dtype));
+        }
+        let bits = |all: &[Vec<f32>]| -> Vec<u32> { all.iter().flatten().map(|x| x.to_bits()).collect() };
+        assert!(bits(&actual) == bits(&again), "{what}: another order of threads has other bits");
+    }
+}
+
+fn check(what: &str, dtype: DType, work: &dyn Fn(&Run<'_>) -> Vec<Tensor>) {
+    check_padded(what, dtype, &PADDINGS, work);
+}
