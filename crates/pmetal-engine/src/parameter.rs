@@ -66,18 +66,6 @@ impl Parameter {
         state.gradient.clone().filter(|_| state.is_reached)
     }
 
-    /// Lets gradients be summed in this memory, which is zero, from now on.
-    pub(crate) fn set_gradient_memory(&self, gradient: Tensor) {
-        let mut state = self.state();
-        state.gradient = Some(gradient);
-        state.is_reached = false;
-    }
-
-    /// Says that something was added to the gradient's memory.
-    pub(crate) fn mark_reached(&self) {
-        self.state().is_reached = true;
-    }
-
     /// The gradient's memory, also after an optimizer step has taken it: what a step that changed nothing leaves.
     pub fn last_gradient(&self) -> Option<Tensor> {
         self.state().gradient.clone()
@@ -100,18 +88,29 @@ impl Parameter {
     /// # Errors
     /// What `add` returns, or out of memory for the gradient.
     pub fn accumulate(&self, add: impl FnOnce(&mut Tensor) -> Result<()>) -> Result<()> {
+        let mut gradient = self.take_gradient()?;
+        let outcome = add(&mut gradient);
+        self.put_gradient(gradient);
+        outcome
+    }
+
+    /// Takes the gradient out to be added to, zero if there is none yet; [`Self::put_gradient`] brings it back.
+    pub(crate) fn take_gradient(&self) -> Result<Tensor> {
         let mut state = self.state();
-        let mut gradient = match state.gradient.take() {
-            Some(gradient) => gradient.into_unique()?,
+        match state.gradient.take() {
+            Some(gradient) => gradient.into_unique(),
             None => {
                 let value = &state.value;
-                Tensor::zeros(value.device(), Category::Gradients, DType::F32, value.shape())?
+                Tensor::zeros(value.device(), Category::Gradients, DType::F32, value.shape())
             }
-        };
-        let outcome = add(&mut gradient);
+        }
+    }
+
+    /// Brings back what [`Self::take_gradient`] gave.
+    pub(crate) fn put_gradient(&self, gradient: Tensor) {
+        let mut state = self.state();
         state.gradient = Some(gradient);
         state.is_reached = true;
-        outcome
     }
 
     /// The value and gradient to be written, the value under no other handle.

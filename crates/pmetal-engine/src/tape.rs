@@ -8,10 +8,12 @@
 
 use std::cell::{OnceCell, RefCell};
 use std::rc::Rc;
+use std::sync::Arc;
 
+use crate::device::WeightGradient;
 use crate::error::{Error, Result};
 use crate::memory::Category;
-use crate::{DType, Tensor};
+use crate::{DType, Parameter, Tensor};
 
 type Backward = Box<dyn FnOnce(&mut Gradients) -> Result<()>>;
 
@@ -115,9 +117,83 @@ impl Var {
 /// Gradients of activations during a backward pass.
 pub struct Gradients {
     slots: Vec<Option<Tensor>>,
+    pending: Vec<Pending>,
 }
 
+/// A gradient of a weight that is still to be computed, see [`WeightGradient`].
+struct Pending {
+    parameter: Arc<Parameter>,
+    left: Tensor,
+    right: Tensor,
+    scale: f32,
+}
+
+/// Gradients of weights that wait for each other at most.
+const MOST_PENDING: usize = 16;
+
+/// Bytes of activations that they keep at most when an operation's backward pass ends.
+const MOST_PENDING_BYTES: usize = 48 << 20;
+
 impl Gradients {
+    fn new(slots: usize) -> Self {
+        Self { slots: vec![None; slots], pending: Vec::new() }
+    }
+
+    /// Adds `scale * left^T right` to a parameter's gradient, now or together with others before the backward pass ends.
+    /// Who is going to overwrite either matrix calls [`Self::finish_weights`] first, who is not [`Self::settle_weights`].
+    ///
+    /// # Errors
+    /// What the product returns.
+    pub(crate) fn add_weight(
+        &mut self,
+        parameter: &Arc<Parameter>,
+        left: Tensor,
+        right: Tensor,
+        scale: f32,
+    ) -> Result<()> {
+        if self.pending.iter().any(|pending| Arc::ptr_eq(&pending.parameter, parameter)) {
+            self.finish_weights()?;
+        }
+        let is_host = left.is_host();
+        self.pending.push(Pending { parameter: Arc::clone(parameter), left, right, scale });
+        if is_host || self.pending.len() == MOST_PENDING {
+            self.finish_weights()?;
+        }
+        Ok(())
+    }
+
+    /// Computes the gradients of weights that are pending, unless they keep few bytes.
+    ///
+    /// # Errors
+    /// What the products return.
+    pub(crate) fn settle_weights(&mut self) -> Result<()> {
+        let bytes = |pending: &Pending| pending.left.byte_length() + pending.right.byte_length();
+        let held: usize = self.pending.iter().map(bytes).sum();
+        if held > MOST_PENDING_BYTES { self.finish_weights() } else { Ok(()) }
+    }
+
+    /// Computes the gradients of weights that are pending.
+    ///
+    /// # Errors
+    /// What the products return.
+    pub(crate) fn finish_weights(&mut self) -> Result<()> {
+        let pending = std::mem::take(&mut self.pending);
+        let Some(device) = pending.first().map(|first| first.left.device().clone()) else { return Ok(()) };
+        let mut sums = Vec::with_capacity(pending.len());
+        for one in &pending {
+            sums.push(one.parameter.take_gradient()?);
+        }
+        let describe = |(one, out)| {
+            let Pending { left, right, scale, .. }: &Pending = one;
+            WeightGradient { left, right, out, scale: *scale }
+        };
+        let mut gradients: Vec<_> = pending.iter().zip(&mut sums).map(describe).collect();
+        let outcome = device.kernels().add_weight_gradients(&mut gradients);
+        drop(gradients);
+        pending.iter().zip(sums).for_each(|(one, sum)| one.parameter.put_gradient(sum));
+        outcome
+    }
+
     /// Takes the gradient that has arrived in a slot.
     pub fn take(&mut self, slot: usize) -> Option<Tensor> {
         self.slots.get_mut(slot).and_then(Option::take)
@@ -250,7 +326,7 @@ impl Tape {
             return Err(Error::Range { operation: "backward", what, actual: slot, limit: slots });
         }
         let record = self.record.as_ref().map(RefCell::take).unwrap_or_default();
-        let mut gradients = Gradients { slots: vec![None; record.slots] };
+        let mut gradients = Gradients::new(record.slots);
         if let Some(slot) = output.slot {
             gradients.slots[slot] = Some(gradient);
         }
@@ -258,6 +334,7 @@ impl Tape {
         while let Some(node) = nodes.pop() {
             node(&mut gradients)?;
         }
+        gradients.finish_weights()?;
         Ok(gradients)
     }
 

@@ -76,14 +76,14 @@ struct BackwardInputs {
     float scale, softcap;
 };
 
-ATTENTION_INLINE void copy_word_async(u32 destination, const void* source, bool present) {
+INLINE void copy_word_async(u32 destination, const void* source, bool present) {
     int bytes = present ? 4 : 0;
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(destination), "l"(source), "r"(bytes) : "memory");
 }
 
 // One tile of queries with all that belongs to its rows: q, d_out, row_log, row_delta, key_begin, key_end.
 template <bool NEED_D_OUT>
-ATTENTION_INLINE void fetch_queries(u32 stage, const BackwardInputs& in, int head, int first_query, int thread) {
+INLINE void fetch_queries(u32 stage, const BackwardInputs& in, int head, int first_query, int thread) {
     copy_tile_async<TILE_QUERIES, KEY_PAD, HEAD_WIDTH, BACKWARD_THREADS>(stage, in.q + head * HEAD_WIDTH, in.q_pitch, first_query,
                                                                         in.query_rows, thread);
     if (NEED_D_OUT)
@@ -103,7 +103,7 @@ ATTENTION_INLINE void fetch_queries(u32 stage, const BackwardInputs& in, int hea
 }
 
 template <int COLUMNS>
-ATTENTION_INLINE void clear(float (&sums)[COLUMNS][4]) {
+INLINE void clear(float (&sums)[COLUMNS][4]) {
 #pragma unroll
     for (int n = 0; n < COLUMNS; ++n)
 #pragma unroll
@@ -112,7 +112,7 @@ ATTENTION_INLINE void clear(float (&sums)[COLUMNS][4]) {
 
 // sums (16 x 8 COLUMNS) = rows of `left` times rows of `right`, summed over WIDTH columns of both.
 template <int WIDTH, int COLUMNS>
-ATTENTION_INLINE void multiply_rows(float (&sums)[COLUMNS][4], u32 left_tile, int left_row, u32 right_tile, int lane) {
+INLINE void multiply_rows(float (&sums)[COLUMNS][4], u32 left_tile, int left_row, u32 right_tile, int lane) {
     clear(sums);
 #pragma unroll
     for (int step = 0; step < WIDTH / 16; ++step) {
@@ -130,7 +130,7 @@ ATTENTION_INLINE void multiply_rows(float (&sums)[COLUMNS][4], u32 left_tile, in
 
 // sums (16 x WIDTH) += left (16 x 8 COLUMNS, as a product left it) times the rows of `right`.
 template <int WIDTH, int COLUMNS>
-ATTENTION_INLINE void accumulate(float (&sums)[WIDTH / 8][4], const float (&left)[COLUMNS][4], u32 right_tile, int lane) {
+INLINE void accumulate(float (&sums)[WIDTH / 8][4], const float (&left)[COLUMNS][4], u32 right_tile, int lane) {
 #pragma unroll
     for (int step = 0; step < COLUMNS / 2; ++step) {
         u32 packed[4];
@@ -148,7 +148,7 @@ ATTENTION_INLINE void accumulate(float (&sums)[WIDTH / 8][4], const float (&left
 }
 
 // A logit's exponent for exp2 and the derivative of the cap at it.
-ATTENTION_INLINE float capped_exponent(float score, const BackwardInputs& in, float& slope) {
+INLINE float capped_exponent(float score, const BackwardInputs& in, float& slope) {
 #if ATTENTION_SOFTCAP
     float bent = tanh_accurate(score * (in.scale / in.softcap));
     slope = 1.0f - bent * bent;
@@ -160,7 +160,7 @@ ATTENTION_INLINE float capped_exponent(float score, const BackwardInputs& in, fl
 }
 
 // dq of one tile of queries against the block's keys, added to the sums in the order in which lanes hold them.
-ATTENTION_INLINE void add_queries(float* dq_tile, u32 gradient_tile, u32 key_tile, int warp, int lane) {
+INLINE void add_queries(float* dq_tile, u32 gradient_tile, u32 key_tile, int warp, int lane) {
     int row_warp = warp / DQ_COLUMN_WARPS, column_warp = warp % DQ_COLUMN_WARPS;
     float* target = dq_tile + warp * (DQ_TILE / BACKWARD_WARPS) + lane;
 #pragma unroll 1
@@ -198,7 +198,7 @@ ATTENTION_INLINE void add_queries(float* dq_tile, u32 gradient_tile, u32 key_til
 }
 
 template <int WIDTH, int REAL_WIDTH>
-ATTENTION_INLINE void store_rows(half_bits* target, int pitch, const float (&sums)[WIDTH / 8][4], int first_row, int row_limit,
+INLINE void store_rows(half_bits* target, int pitch, const float (&sums)[WIDTH / 8][4], int first_row, int row_limit,
                                  float factor, int lane) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -226,7 +226,7 @@ struct Slopes {};
 #endif
 
 // Scores become probabilities; row_log begins the tile's rows: logarithm, delta, begin and end.
-ATTENTION_INLINE void tile_probabilities(float (&scores)[TILE_QUERIES / 8][4], Slopes& slopes, const float* row_log,
+INLINE void tile_probabilities(float (&scores)[TILE_QUERIES / 8][4], Slopes& slopes, const float* row_log,
                                          const BackwardInputs& in, int key, bool masked, int lane) {
     const int* begin = (const int*)(row_log + 2 * TILE_QUERIES);
     const int* end = begin + TILE_QUERIES;
@@ -256,7 +256,7 @@ ATTENTION_INLINE void tile_probabilities(float (&scores)[TILE_QUERIES / 8][4], S
 
 // One pass over all queries that see the block's keys, for every head of the group.
 template <bool WITH_VALUES, bool WITH_KEYS, bool WITH_QUERIES>
-ATTENTION_INLINE void sweep(float (&dk)[KEY_PAD / 8][4], float (&dv)[VALUE_PAD / 8][4], float* dq_sums, const BackwardInputs& in,
+INLINE void sweep(float (&dk)[KEY_PAD / 8][4], float (&dv)[VALUE_PAD / 8][4], float* dq_sums, const BackwardInputs& in,
                             const BackwardPlace& at) {
     int lane = at.lane;
     int iterations = at.tiles * at.group;
@@ -325,7 +325,7 @@ ATTENTION_INLINE void sweep(float (&dk)[KEY_PAD / 8][4], float (&dv)[VALUE_PAD /
 }
 
 template <bool WITH_QUERIES>
-ATTENTION_INLINE void backward_block(BackwardInputs in, half_bits* dk, int dk_pitch, half_bits* dv, int dv_pitch, float* dq_sums,
+INLINE void backward_block(BackwardInputs in, half_bits* dk, int dk_pitch, half_bits* dv, int dv_pitch, float* dq_sums,
                                      const int* query_begin, const int* query_end, int query_heads, int key_heads) {
     BackwardPlace at;
     at.key_tile = shared_address(dynamic_shared);

@@ -72,7 +72,7 @@ struct BackwardRange {
     int first_key, key_head, first_head, first_query, tiles, iterations;
 };
 
-ATTENTION_INLINE BackwardRange backward_range(const int* query_begin, const int* query_end, int query_rows, int key_rows, int query_heads,
+INLINE BackwardRange backward_range(const int* query_begin, const int* query_end, int query_rows, int key_rows, int query_heads,
                                               int key_heads) {
     BackwardRange range;
     int heads = query_heads / key_heads / BACKWARD_CLUSTER;
@@ -87,7 +87,7 @@ ATTENTION_INLINE BackwardRange backward_range(const int* query_begin, const int*
     return range;
 }
 
-ATTENTION_INLINE void advance_stage(RingPlace& place) {
+INLINE void advance_stage(RingPlace& place) {
     if (STAGES == 2)
         place.advance();
     else
@@ -95,7 +95,7 @@ ATTENTION_INLINE void advance_stage(RingPlace& place) {
 }
 
 // One thread: brings in the block's keys and values and, as places become free, the tiles of queries with what belongs to their rows.
-ATTENTION_INLINE void backward_fetch(const TensorMap& q_map, const TensorMap& k_map, const TensorMap& v_map, const TensorMap& d_out_map,
+INLINE void backward_fetch(const TensorMap& q_map, const TensorMap& k_map, const TensorMap& v_map, const TensorMap& d_out_map,
                                      u32 base, const float* row_log, const float* row_delta, const int* row_bounds, int padded_rows,
                                      const BackwardRange& range) {
     u32 barriers = base + CONTROL_AT;
@@ -137,7 +137,7 @@ ATTENTION_INLINE void backward_fetch(const TensorMap& q_map, const TensorMap& k_
 
 // sums (64 keys x queries) = rows of `left` times rows of `right`.
 template <int PIECES>
-ATTENTION_INLINE void issue_rows(float (&sums)[SCORES], u32 left, u32 right) {
+INLINE void issue_rows(float (&sums)[SCORES], u32 left, u32 right) {
 #pragma unroll
     for (int step = 0; step < PIECES * 4; ++step)
         wgmma_shared<0, 0>(sums, operand(left + step / 4 * KEY_PIECE_BYTES + step % 4 * 32, 16),
@@ -147,21 +147,21 @@ ATTENTION_INLINE void issue_rows(float (&sums)[SCORES], u32 left, u32 right) {
 
 // sums (64 keys x width) += weights (64 keys x queries) times `right`.
 template <int WIDTH>
-ATTENTION_INLINE void issue_sums(float (&sums)[WIDTH / 2], const u32 (&weights)[STEPS][4], u32 right) {
+INLINE void issue_sums(float (&sums)[WIDTH / 2], const u32 (&weights)[STEPS][4], u32 right) {
 #pragma unroll
     for (int step = 0; step < STEPS; ++step)
         wgmma_registers<1>(sums, weights[step], operand(right + step * 2048, QUERY_PIECE_BYTES), 1);
     wgmma_commit();
 }
 
-ATTENTION_INLINE void issue_queries(float (&sums)[32], u32 gradients, u32 keys) {
+INLINE void issue_queries(float (&sums)[32], u32 gradients, u32 keys) {
 #pragma unroll
     for (int step = 0; step < BLOCK_KEYS / 16; ++step)
         wgmma_shared<1, 1>(sums, operand(gradients + step * 2048, 16), operand(keys + step * 2048, 16), step > 0);
     wgmma_commit();
 }
 
-ATTENTION_INLINE void pack_weights(u32 (&weights)[STEPS][4], const float (&values)[SCORES]) {
+INLINE void pack_weights(u32 (&weights)[STEPS][4], const float (&values)[SCORES]) {
 #pragma unroll
     for (int i = 0; i < SCORES / 2; ++i) weights[i / 4][i % 4] = pack_halves(values[2 * i], values[2 * i + 1]);
 }
@@ -173,7 +173,7 @@ struct Slopes {};
 #endif
 
 // Scores become probabilities; `rows` holds log, delta, begin and end of the tile's queries.
-ATTENTION_INLINE void probabilities(float (&scores)[SCORES], Slopes& slopes, const unsigned char* rows, int first_key, int lane_key,
+INLINE void probabilities(float (&scores)[SCORES], Slopes& slopes, const unsigned char* rows, int first_key, int lane_key,
                                     bool ragged, float scale, float softcap, int lane) {
     const float* log = (const float*)rows;
     const int* begin = (const int*)(rows + 2 * ROW_BYTES);
@@ -212,7 +212,7 @@ ATTENTION_INLINE void probabilities(float (&scores)[SCORES], Slopes& slopes, con
     }
 }
 
-ATTENTION_INLINE void add_to_sums(float* target, const float (&sums)[32]) {
+INLINE void add_to_sums(float* target, const float (&sums)[32]) {
 #pragma unroll
     for (int i = 0; i < 8; ++i)
         asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(target + i * 512), "f"(sums[4 * i]), "f"(sums[4 * i + 1]),
@@ -222,7 +222,7 @@ ATTENTION_INLINE void add_to_sums(float* target, const float (&sums)[32]) {
 
 // Brings one warp's 16 rows of dk or dv through shared memory so that stores are 16 bytes wide.
 template <int PIECES, int REAL_WIDTH>
-ATTENTION_INLINE void store_keys(const float (&sums)[PIECES * 32], unsigned char* tile, half_bits* target, int pitch, int first_row,
+INLINE void store_keys(const float (&sums)[PIECES * 32], unsigned char* tile, half_bits* target, int pitch, int first_row,
                                  int row_limit, float factor, int lane) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -249,7 +249,7 @@ constexpr int SUM_PITCH = SUM_WIDTH + 8;
 static_assert(BACKWARD_CLUSTER == 1 || BLOCK_KEYS * SUM_PITCH * 4 <= ROWS_AT, "the sums of a block fit where its tiles were");
 
 template <int COUNT>
-ATTENTION_INLINE void leave_sums(const float (&sums)[COUNT], int column, int lane_row, int lane) {
+INLINE void leave_sums(const float (&sums)[COUNT], int column, int lane_row, int lane) {
 #pragma unroll
     for (int n = 0; n < COUNT / 4; ++n)
 #pragma unroll
@@ -258,11 +258,11 @@ ATTENTION_INLINE void leave_sums(const float (&sums)[COUNT], int column, int lan
                 make_float2(sums[4 * n + 2 * half], sums[4 * n + 2 * half + 1]);
 }
 
-ATTENTION_INLINE void synchronise_cluster() {
+INLINE void synchronise_cluster() {
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-ATTENTION_INLINE float4 load_from_block(u32 address, int rank) {
+INLINE float4 load_from_block(u32 address, int rank) {
     float4 value;
     asm volatile("{\n.reg .u32 there;\nmapa.shared::cluster.u32 there, %4, %5;\n"
                  "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [there];\n}\n"
@@ -273,7 +273,7 @@ ATTENTION_INLINE float4 load_from_block(u32 address, int rank) {
 }
 
 // The blocks of a cluster have left their sums in shared memory; each adds up and stores its share, in the order of the heads.
-ATTENTION_INLINE void store_cluster_sums(u32 base, half_bits* dk, int dk_pitch, half_bits* dv, int dv_pitch, int first_key, int key_rows,
+INLINE void store_cluster_sums(u32 base, half_bits* dk, int dk_pitch, half_bits* dv, int dv_pitch, int first_key, int key_rows,
                                          float scale) {
     int rank = blockIdx.x % BACKWARD_CLUSTER;
     for (int index = rank * 256 + threadIdx.x - 128; index < BLOCK_KEYS * SUM_WIDTH / 8; index += BACKWARD_CLUSTER * 256) {
@@ -304,14 +304,14 @@ struct BackwardPlace {
     RingPlace stage;
     int buffer;  // of the two for gradients of scores
 
-    ATTENTION_INLINE void wait(int barrier) const { barrier_wait(barriers + (barrier + stage.slot) * 8, stage.parity); }
-    ATTENTION_INLINE void release(int barrier) const {
+    INLINE void wait(int barrier) const { barrier_wait(barriers + (barrier + stage.slot) * 8, stage.parity); }
+    INLINE void release(int barrier) const {
         if (lane == 0) barrier_arrive(barriers + (barrier + stage.slot) * 8);
     }
 };
 
 // Gradients of scores = probabilities * (their gradients - the row's delta).
-ATTENTION_INLINE void score_gradients(float (&gradients)[SCORES], const float (&scores)[SCORES], const Slopes& slopes,
+INLINE void score_gradients(float (&gradients)[SCORES], const float (&scores)[SCORES], const Slopes& slopes,
                                       const unsigned char* rows, int lane) {
 #pragma unroll
     for (int n = 0; n < TILE_QUERIES / 8; ++n) {
@@ -328,7 +328,7 @@ ATTENTION_INLINE void score_gradients(float (&gradients)[SCORES], const float (&
 
 // Puts the gradients of scores, key by key, where both warpgroups' products for dq read them. Two buffers make one barrier a tile
 // enough: whoever writes here again has passed the barrier of the tile between.
-ATTENTION_INLINE void share_gradients(const u32 (&packed)[STEPS][4], const BackwardPlace& at) {
+INLINE void share_gradients(const u32 (&packed)[STEPS][4], const BackwardPlace& at) {
     int offset = GRADIENTS_AT + at.buffer * GRADIENT_BYTES;
 #pragma unroll
     for (int n = 0; n < TILE_QUERIES / 8; ++n)
@@ -340,7 +340,7 @@ ATTENTION_INLINE void share_gradients(const u32 (&packed)[STEPS][4], const Backw
     named_sync(1, 256);
 }
 
-ATTENTION_INLINE void issue_unit(float (&sums)[32], const BackwardPlace& at, int unit) {
+INLINE void issue_unit(float (&sums)[32], const BackwardPlace& at, int unit) {
     u32 gradients = at.base + GRADIENTS_AT + at.buffer * GRADIENT_BYTES;
     issue_queries(sums, gradients + (TILE_QUERIES == 128 ? unit * KEY_PIECE_BYTES : 0),
                   at.base + (TILE_QUERIES == 128 ? 0 : unit * KEY_PIECE_BYTES));
@@ -348,7 +348,7 @@ ATTENTION_INLINE void issue_unit(float (&sums)[32], const BackwardPlace& at, int
 
 // One tile of queries of one head: adds to the sums of dv, of dk, and to dq in memory, whichever of them this block takes.
 template <bool VALUES, bool KEYS, bool QUERIES>
-ATTENTION_INLINE void backward_tile(float (&key_sums)[KEY_PIECES * 32], float (&value_sums)[VALUE_PIECES * 32], float* dq_target,
+INLINE void backward_tile(float (&key_sums)[KEY_PIECES * 32], float (&value_sums)[VALUE_PIECES * 32], float* dq_target,
                                     const BackwardPlace& at, bool ragged) {
     u32 query_tile = at.base + STAGES_AT + at.stage.slot * STAGE_BYTES;
     u32 d_out_tile = query_tile + KEY_PIECES * QUERY_PIECE_BYTES;
@@ -417,7 +417,7 @@ struct BackwardTargets {
 };
 
 template <bool VALUES, bool KEYS>
-ATTENTION_INLINE void store_block(const float (&key_sums)[KEY_PIECES * 32], const float (&value_sums)[VALUE_PIECES * 32],
+INLINE void store_block(const float (&key_sums)[KEY_PIECES * 32], const float (&value_sums)[VALUE_PIECES * 32],
                                   const BackwardPlace& at, const BackwardTargets& to) {
     // Both warpgroups read all keys for dq: only now may the sums take their place.
     named_sync(1, 256);
@@ -439,7 +439,7 @@ ATTENTION_INLINE void store_block(const float (&key_sums)[KEY_PIECES * 32], cons
 }
 
 template <bool VALUES, bool KEYS, bool QUERIES>
-ATTENTION_INLINE void backward_compute(u32 base, const BackwardTargets& to, float* dq_sums, const BackwardRange& range, int query_rows,
+INLINE void backward_compute(u32 base, const BackwardTargets& to, float* dq_sums, const BackwardRange& range, int query_rows,
                                        int padded_rows, float scale, float softcap) {
     BackwardPlace at;
     at.base = base, at.barriers = base + CONTROL_AT;
@@ -472,7 +472,7 @@ ATTENTION_INLINE void backward_compute(u32 base, const BackwardTargets& to, floa
 }
 
 template <bool WITH_QUERIES>
-ATTENTION_INLINE void backward_block(const TensorMap& q_map, const TensorMap& k_map, const TensorMap& v_map, const TensorMap& d_out_map,
+INLINE void backward_block(const TensorMap& q_map, const TensorMap& k_map, const TensorMap& v_map, const TensorMap& d_out_map,
                                      half_bits* dk, int dk_pitch, half_bits* dv, int dv_pitch, const float* row_log, const float* row_delta,
                                      const int* row_bounds, float* dq_sums, const int* query_begin, const int* query_end, int query_rows,
                                      int key_rows, int query_heads, int key_heads, float scale, float softcap) {

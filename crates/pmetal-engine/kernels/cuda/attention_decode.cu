@@ -24,7 +24,7 @@ struct DecodeState {
 };
 
 // One tile of 16 keys against up to 16 heads of a group.
-ATTENTION_INLINE void decode_tile(DecodeState& state, u32 query_tile, u32 key_tile, int keys, float scale, float softcap, int lane) {
+INLINE void decode_tile(DecodeState& state, u32 query_tile, u32 key_tile, int keys, float scale, float softcap, int lane) {
     float scores[2][4] = {};
 #pragma unroll
     for (int step = 0; step < KEY_PAD / 16; ++step) {
@@ -81,7 +81,7 @@ ATTENTION_INLINE void decode_tile(DecodeState& state, u32 query_tile, u32 key_ti
 }
 
 // Adds up the warps' parts, which meet in the place of the tiles, and stores them from row `first` of `rows` on.
-ATTENTION_INLINE void store_part(DecodeState& state, float* parts, long long rows, long long first, int heads, int warp, int lane) {
+INLINE void store_part(DecodeState& state, float* parts, long long rows, long long first, int heads, int warp, int lane) {
     __syncthreads();
     float* outputs = (float*)(dynamic_shared + 16 * KEY_PAD * 2);
     float2* totals = (float2*)(dynamic_shared + 16 * KEY_PAD * 2 + DECODE_WARPS * 2 * DECODE_STAGE_BYTES);

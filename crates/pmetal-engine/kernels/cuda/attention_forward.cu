@@ -37,7 +37,7 @@ struct ForwardState {
 
 typedef float ForwardScores[FORWARD_ROW_TILES][FORWARD_KEYS / 8][4];
 
-ATTENTION_INLINE void forward_scores(ForwardScores& scores, u32 query_tile, u32 key_tile, int warp, int lane) {
+INLINE void forward_scores(ForwardScores& scores, u32 query_tile, u32 key_tile, int warp, int lane) {
 #pragma unroll
     for (int m = 0; m < FORWARD_ROW_TILES; ++m)
 #pragma unroll
@@ -64,7 +64,7 @@ ATTENTION_INLINE void forward_scores(ForwardScores& scores, u32 query_tile, u32 
 }
 
 // Scores become unnormalised probabilities; what was summed before is rescaled to the new maximum.
-ATTENTION_INLINE void forward_softmax(ForwardState& state, ForwardScores& scores, float exponent_scale) {
+INLINE void forward_softmax(ForwardState& state, ForwardScores& scores, float exponent_scale) {
 #pragma unroll
     for (int m = 0; m < FORWARD_ROW_TILES; ++m)
 #pragma unroll
@@ -95,7 +95,7 @@ ATTENTION_INLINE void forward_softmax(ForwardState& state, ForwardScores& scores
         }
 }
 
-ATTENTION_INLINE void forward_values(ForwardState& state, ForwardScores& scores, u32 value_tile, int lane) {
+INLINE void forward_values(ForwardState& state, ForwardScores& scores, u32 value_tile, int lane) {
 #pragma unroll
     for (int step = 0; step < FORWARD_KEYS / 16; ++step) {
         u32 left[FORWARD_ROW_TILES][4];
@@ -120,7 +120,7 @@ ATTENTION_INLINE void forward_values(ForwardState& state, ForwardScores& scores,
 }
 
 // Applies the cap and, where the tile is not wholly visible, the mask. `bounds` holds (begin, end) of the block's rows.
-ATTENTION_INLINE void forward_mask(ForwardScores& scores, const int2* bounds, int warp, int lane, int first_key, bool masked,
+INLINE void forward_mask(ForwardScores& scores, const int2* bounds, int warp, int lane, int first_key, bool masked,
                                    float scale, float softcap) {
 #if ATTENTION_SOFTCAP
     float inside = scale / softcap;
@@ -148,7 +148,7 @@ ATTENTION_INLINE void forward_mask(ForwardScores& scores, const int2* bounds, in
 }
 
 // Normalises, writes lse, and brings the rows through shared memory so that stores are 16 bytes wide.
-ATTENTION_INLINE void forward_store(ForwardState& state, unsigned char* tile, half_bits* out, int out_pitch, float* lse,
+INLINE void forward_store(ForwardState& state, unsigned char* tile, half_bits* out, int out_pitch, float* lse,
                                     const float* sinks, int head, int query_heads, int first_query, int query_rows,
                                     float logit_scale, int warp, int lane) {
 #pragma unroll

@@ -68,7 +68,7 @@ struct ForwardWork {
 constexpr int SCORES = FORWARD_KEYS / 2;
 constexpr int OUTPUTS = VALUE_PIECES * 32;
 
-ATTENTION_INLINE void issue_scores(float (&scores)[SCORES], u32 query_tile, u32 key_tile) {
+INLINE void issue_scores(float (&scores)[SCORES], u32 query_tile, u32 key_tile) {
 #pragma unroll
     for (int step = 0; step < KEY_PIECES * 4; ++step) {
         u64 a = operand(query_tile + step / 4 * QUERY_PIECE_BYTES + step % 4 * 32, 16);
@@ -78,7 +78,7 @@ ATTENTION_INLINE void issue_scores(float (&scores)[SCORES], u32 query_tile, u32 
     wgmma_commit();
 }
 
-ATTENTION_INLINE void issue_values(float (&output)[OUTPUTS], const u32 (&weights)[FORWARD_KEYS / 16][4], u32 value_tile) {
+INLINE void issue_values(float (&output)[OUTPUTS], const u32 (&weights)[FORWARD_KEYS / 16][4], u32 value_tile) {
 #pragma unroll
     for (int step = 0; step < FORWARD_KEYS / 16; ++step)
         wgmma_registers<1>(output, weights[step], operand(value_tile + step * 2048, KEY_PIECE_BYTES), 1);
@@ -90,7 +90,7 @@ struct ForwardRows {
     int begin[2], end[2];
 };
 
-ATTENTION_INLINE void mask_scores(float (&scores)[SCORES], const ForwardRows& rows, int first_key, bool masked, float scale,
+INLINE void mask_scores(float (&scores)[SCORES], const ForwardRows& rows, int first_key, bool masked, float scale,
                                   float softcap, int lane) {
 #if ATTENTION_SOFTCAP
     float inside = scale / softcap;
@@ -108,7 +108,7 @@ ATTENTION_INLINE void mask_scores(float (&scores)[SCORES], const ForwardRows& ro
 }
 
 // Scores become unnormalised probabilities; rows.rescale is what sums and outputs so far must be multiplied by.
-ATTENTION_INLINE void softmax_scores(float (&scores)[SCORES], ForwardRows& rows, float exponent_scale) {
+INLINE void softmax_scores(float (&scores)[SCORES], ForwardRows& rows, float exponent_scale) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         float maximum = rows.maximum[half];
@@ -130,13 +130,13 @@ ATTENTION_INLINE void softmax_scores(float (&scores)[SCORES], ForwardRows& rows,
     }
 }
 
-ATTENTION_INLINE void pack_scores(u32 (&weights)[FORWARD_KEYS / 16][4], const float (&scores)[SCORES]) {
+INLINE void pack_scores(u32 (&weights)[FORWARD_KEYS / 16][4], const float (&scores)[SCORES]) {
 #pragma unroll
     for (int i = 0; i < SCORES / 2; ++i) weights[i / 4][i % 4] = pack_halves(scores[2 * i], scores[2 * i + 1]);
 }
 
 // Normalises, writes lse, and brings each warp's rows through shared memory so that stores are 16 bytes wide.
-ATTENTION_INLINE void store_output(float (&output)[OUTPUTS], const ForwardRows& rows, unsigned char* tile, half_bits* out, int out_pitch,
+INLINE void store_output(float (&output)[OUTPUTS], const ForwardRows& rows, unsigned char* tile, half_bits* out, int out_pitch,
                                    float* lse, const float* sinks, const ForwardWork& work, int first_row, int query_rows,
                                    int query_heads, float logit_scale, int lane) {
 #pragma unroll
@@ -175,7 +175,7 @@ ATTENTION_INLINE void store_output(float (&output)[OUTPUTS], const ForwardRows& 
     __syncwarp();
 }
 
-ATTENTION_INLINE int forward_span(const int* key_begin, const int* key_end, const ForwardWork& work, int consumer, int query_rows) {
+INLINE int forward_span(const int* key_begin, const int* key_end, const ForwardWork& work, int consumer, int query_rows) {
     int row = work.first_query + consumer * 64;
     if (row >= query_rows) return 0;
     int first = key_begin[row], last = key_end[min(row + 64, query_rows) - 1];
@@ -185,7 +185,7 @@ ATTENTION_INLINE int forward_span(const int* key_begin, const int* key_end, cons
 }
 
 // One thread: brings in the queries and, as places become free, the tiles of keys and values of one item.
-ATTENTION_INLINE void fetch_item(const TensorMap& q_map, const TensorMap& k_map, const TensorMap& v_map, u32 base, const ForwardWork& work,
+INLINE void fetch_item(const TensorMap& q_map, const TensorMap& k_map, const TensorMap& v_map, u32 base, const ForwardWork& work,
                                  int key_head, RingPlace& place, int& query_parity) {
     u32 barriers = base + CONTROL_AT;
     barrier_wait(barriers + QUERY_EMPTY * 8, query_parity ^ 1);
@@ -216,7 +216,7 @@ ATTENTION_INLINE void fetch_item(const TensorMap& q_map, const TensorMap& k_map,
 }
 
 // One warp: hands out work and fetches what it needs.
-ATTENTION_INLINE void forward_fetch(const TensorMap& q_map, const TensorMap& k_map, const TensorMap& v_map, u32 base, const int* key_begin,
+INLINE void forward_fetch(const TensorMap& q_map, const TensorMap& k_map, const TensorMap& v_map, u32 base, const int* key_begin,
                                     const int* key_end, u32* counters, int query_rows, int key_rows, int query_heads, int group) {
     u32 barriers = base + CONTROL_AT;
     int lane = threadIdx.x;
@@ -275,23 +275,23 @@ struct ForwardPlace {
     RingPlace keys, values;
 };
 
-ATTENTION_INLINE void wait_for_keys(const ForwardPlace& at) { barrier_wait(at.barriers + (KEY_FULL + at.keys.slot) * 8, at.keys.parity); }
-ATTENTION_INLINE void wait_for_values(const ForwardPlace& at) {
+INLINE void wait_for_keys(const ForwardPlace& at) { barrier_wait(at.barriers + (KEY_FULL + at.keys.slot) * 8, at.keys.parity); }
+INLINE void wait_for_values(const ForwardPlace& at) {
     barrier_wait(at.barriers + (VALUE_FULL + at.values.slot) * 8, at.values.parity);
 }
-ATTENTION_INLINE void release_keys(ForwardPlace& at) {
+INLINE void release_keys(ForwardPlace& at) {
     if (at.lane == 0) barrier_arrive(at.barriers + (KEY_EMPTY + at.keys.slot) * 8);
     at.keys.advance();
 }
-ATTENTION_INLINE void release_values(ForwardPlace& at) {
+INLINE void release_values(ForwardPlace& at) {
     if (at.lane == 0) barrier_arrive(at.barriers + (VALUE_EMPTY + at.values.slot) * 8);
     at.values.advance();
 }
-ATTENTION_INLINE u32 key_tile_at(const ForwardPlace& at) { return at.base + KEYS_AT + at.keys.slot * KEY_TILE_BYTES; }
-ATTENTION_INLINE u32 value_tile_at(const ForwardPlace& at) { return at.base + VALUES_AT + at.values.slot * VALUE_TILE_BYTES; }
+INLINE u32 key_tile_at(const ForwardPlace& at) { return at.base + KEYS_AT + at.keys.slot * KEY_TILE_BYTES; }
+INLINE u32 value_tile_at(const ForwardPlace& at) { return at.base + VALUES_AT + at.values.slot * VALUE_TILE_BYTES; }
 
 // Takes part in a tile that holds nothing for this warpgroup's rows.
-ATTENTION_INLINE void pass_tile(ForwardPlace& at, bool take_turn) {
+INLINE void pass_tile(ForwardPlace& at, bool take_turn) {
     wait_for_keys(at);
     release_keys(at);
     if (take_turn) {
@@ -304,7 +304,7 @@ ATTENTION_INLINE void pass_tile(ForwardPlace& at, bool take_turn) {
 
 // The tiles [first_tile, last_tile) of an item, at least one: while the products of a tile's values run, the next tile's scores
 // become probabilities.
-ATTENTION_INLINE void compute_tiles(float (&output)[OUTPUTS], ForwardRows& rows, ForwardPlace& at, const ForwardWork& work, int first_tile,
+INLINE void compute_tiles(float (&output)[OUTPUTS], ForwardRows& rows, ForwardPlace& at, const ForwardWork& work, int first_tile,
                                     int last_tile) {
     float exponent_scale = (ATTENTION_SOFTCAP ? 1.0f : at.scale) * LOG2_E;
     u32 query_tile = at.base + at.consumer * KEY_PIECES * QUERY_PIECE_BYTES;
@@ -352,7 +352,7 @@ ATTENTION_INLINE void compute_tiles(float (&output)[OUTPUTS], ForwardRows& rows,
 }
 
 // The computing warpgroups' part of one item.
-ATTENTION_INLINE void compute_item(ForwardPlace& at, const ForwardWork& work, int& query_parity, half_bits* out, int out_pitch, float* lse,
+INLINE void compute_item(ForwardPlace& at, const ForwardWork& work, int& query_parity, half_bits* out, int out_pitch, float* lse,
                                    const int* key_begin, const int* key_end, const float* sinks, int query_rows, int query_heads) {
     int first_row = work.first_query + at.consumer * 64 + at.warp * 16;
     ForwardRows rows;
@@ -394,7 +394,7 @@ ATTENTION_INLINE void compute_item(ForwardPlace& at, const ForwardWork& work, in
     }
 }
 
-ATTENTION_INLINE void forward_compute(u32 base, half_bits* out, int out_pitch, float* lse, const int* key_begin, const int* key_end,
+INLINE void forward_compute(u32 base, half_bits* out, int out_pitch, float* lse, const int* key_begin, const int* key_end,
                                       const float* sinks, int query_rows, int query_heads, float scale, float softcap) {
     ForwardPlace at;
     at.base = base, at.barriers = base + CONTROL_AT;

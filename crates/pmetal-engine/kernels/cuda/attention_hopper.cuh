@@ -8,7 +8,7 @@
 //     INTERLEAVE_NONE, SWIZZLE_128B, L2_PROMOTION_L2_128B, OOB_FILL_NONE)
 // with the box rows that each entry point names. Rows and columns outside come as zeros.
 
-#if ATTENTION_F16
+#if HALVES_F16
 #define WGMMA_TYPES "f16.f16"
 #else
 #define WGMMA_TYPES "bf16.bf16"
@@ -22,76 +22,76 @@ struct __align__(64) TensorMap {
     unsigned char opaque[128];
 };
 
-ATTENTION_INLINE void barrier_initialise(u32 barrier, int arrivals) {
+INLINE void barrier_initialise(u32 barrier, int arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
-ATTENTION_INLINE void barrier_arrive(u32 barrier) {
+INLINE void barrier_arrive(u32 barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
-ATTENTION_INLINE void barrier_expect_bytes(u32 barrier, int bytes) {
+INLINE void barrier_expect_bytes(u32 barrier, int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
-ATTENTION_INLINE void barrier_wait(u32 barrier, int parity) {
+INLINE void barrier_wait(u32 barrier, int parity) {
     asm volatile(
         "{\n.reg .pred done;\n"
         "again:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
         "@done bra over;\nbra again;\nover:\n}\n" ::"r"(barrier), "r"(parity)
         : "memory");
 }
-ATTENTION_INLINE void fence_barrier_initialisation() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
-ATTENTION_INLINE void fence_shared_for_engines() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+INLINE void fence_barrier_initialisation() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+INLINE void fence_shared_for_engines() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-ATTENTION_INLINE void prefetch_map(const TensorMap& map) {
+INLINE void prefetch_map(const TensorMap& map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"((u64)&map) : "memory");
 }
-ATTENTION_INLINE void copy_box(u32 destination, const TensorMap& map, u32 barrier, int column, int head, int row) {
+INLINE void copy_box(u32 destination, const TensorMap& map, u32 barrier, int column, int head, int row) {
     asm volatile(
         "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(
             destination),
         "l"((u64)&map), "r"(barrier), "r"(column), "r"(head), "r"(row)
         : "memory");
 }
-ATTENTION_INLINE void copy_bytes(u32 destination, const void* source, int bytes, u32 barrier) {
+INLINE void copy_bytes(u32 destination, const void* source, int bytes, u32 barrier) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(destination),
                  "l"(source), "r"(bytes), "r"(barrier)
                  : "memory");
 }
 
 // Named barriers of the hardware; 0 is __syncthreads.
-ATTENTION_INLINE void named_sync(int name, int threads) {
+INLINE void named_sync(int name, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(name), "r"(threads) : "memory");
 }
-ATTENTION_INLINE void named_arrive(int name, int threads) {
+INLINE void named_arrive(int name, int threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(name), "r"(threads) : "memory");
 }
 
 // A place in a ring of two slots and the parity of the round.
 struct RingPlace {
     int slot, parity;
-    ATTENTION_INLINE void advance() {
+    INLINE void advance() {
         slot ^= 1;
         parity ^= slot == 0;
     }
 };
 
 template <int REGISTERS>
-ATTENTION_INLINE void give_up_registers() {
+INLINE void give_up_registers() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
 }
 template <int REGISTERS>
-ATTENTION_INLINE void take_registers() {
+INLINE void take_registers() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
 }
 
-ATTENTION_INLINE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-ATTENTION_INLINE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+INLINE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+INLINE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int PENDING>
-ATTENTION_INLINE void wgmma_wait() {
+INLINE void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 // Keeps the compiler from moving uses of a product's registers over the wait for it.
 template <int COUNT>
-ATTENTION_INLINE void pin(float (&registers)[COUNT]) {
+INLINE void pin(float (&registers)[COUNT]) {
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) asm volatile("" : "+f"(registers[i])::"memory");
 }
@@ -99,12 +99,12 @@ ATTENTION_INLINE void pin(float (&registers)[COUNT]) {
 // Operand in shared memory. Summed index along columns: 8-row groups lie 1024 bytes apart and `piece_bytes` is not read; a step
 // of 16 is 32 bytes further. Summed index along rows ("transposed"): pieces of 64 columns lie `piece_bytes` apart; a step of 16
 // is 2048 bytes further.
-ATTENTION_INLINE u64 operand(u32 address, int piece_bytes) {
+INLINE u64 operand(u32 address, int piece_bytes) {
     return (u64)((address & 0x3ffff) >> 4) | (u64)(piece_bytes >> 4) << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
 }
 
 template <int TRANSPOSE_A, int TRANSPOSE_B>
-ATTENTION_INLINE void wgmma_shared(float (&d)[32], u64 a, u64 b, int accumulate_into) {
+INLINE void wgmma_shared(float (&d)[32], u64 a, u64 b, int accumulate_into) {
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
                  "wgmma.mma_async.sync.aligned.m64n64k16.f32." WGMMA_TYPES " {"
                  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, "
@@ -119,7 +119,7 @@ ATTENTION_INLINE void wgmma_shared(float (&d)[32], u64 a, u64 b, int accumulate_
 }
 
 template <int TRANSPOSE_A, int TRANSPOSE_B>
-ATTENTION_INLINE void wgmma_shared(float (&d)[64], u64 a, u64 b, int accumulate_into) {
+INLINE void wgmma_shared(float (&d)[64], u64 a, u64 b, int accumulate_into) {
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
                  "wgmma.mma_async.sync.aligned.m64n128k16.f32." WGMMA_TYPES " {"
                  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, "
@@ -140,7 +140,7 @@ ATTENTION_INLINE void wgmma_shared(float (&d)[64], u64 a, u64 b, int accumulate_
 }
 
 template <int TRANSPOSE_B>
-ATTENTION_INLINE void wgmma_registers(float (&d)[32], const u32 (&a)[4], u64 b, int accumulate_into) {
+INLINE void wgmma_registers(float (&d)[32], const u32 (&a)[4], u64 b, int accumulate_into) {
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
                  "wgmma.mma_async.sync.aligned.m64n64k16.f32." WGMMA_TYPES " {"
                  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, "
@@ -155,7 +155,7 @@ ATTENTION_INLINE void wgmma_registers(float (&d)[32], const u32 (&a)[4], u64 b, 
 }
 
 template <int TRANSPOSE_B>
-ATTENTION_INLINE void wgmma_registers(float (&d)[64], const u32 (&a)[4], u64 b, int accumulate_into) {
+INLINE void wgmma_registers(float (&d)[64], const u32 (&a)[4], u64 b, int accumulate_into) {
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
                  "wgmma.mma_async.sync.aligned.m64n128k16.f32." WGMMA_TYPES " {"
                  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, "
@@ -176,7 +176,7 @@ ATTENTION_INLINE void wgmma_registers(float (&d)[64], const u32 (&a)[4], u64 b, 
 }
 
 template <int TRANSPOSE_B>
-ATTENTION_INLINE void wgmma_registers(float (&d)[96], const u32 (&a)[4], u64 b, int accumulate_into) {
+INLINE void wgmma_registers(float (&d)[96], const u32 (&a)[4], u64 b, int accumulate_into) {
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %101, 0;\n"
                  "wgmma.mma_async.sync.aligned.m64n192k16.f32." WGMMA_TYPES " {"
                  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, "
@@ -203,7 +203,7 @@ ATTENTION_INLINE void wgmma_registers(float (&d)[96], const u32 (&a)[4], u64 b, 
 }
 
 template <int TRANSPOSE_B>
-ATTENTION_INLINE void wgmma_registers(float (&d)[128], const u32 (&a)[4], u64 b, int accumulate_into) {
+INLINE void wgmma_registers(float (&d)[128], const u32 (&a)[4], u64 b, int accumulate_into) {
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %133, 0;\n"
                  "wgmma.mma_async.sync.aligned.m64n256k16.f32." WGMMA_TYPES " {"
                  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, "

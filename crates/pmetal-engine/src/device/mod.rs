@@ -262,6 +262,18 @@ impl Finish<'_> {
     }
 }
 
+/// One gradient of a weight: `out [M, N] += scale * left^T right` with left \[T, M\] and right \[T, N\].
+pub struct WeightGradient<'a> {
+    /// The gradient of what the weight gave.
+    pub left: &'a Tensor,
+    /// What the weight was multiplied with.
+    pub right: &'a Tensor,
+    /// The sum, f32.
+    pub out: &'a mut Tensor,
+    /// Factor on the product.
+    pub scale: f32,
+}
+
 /// How RMSNorm uses its weight.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum NormWeight {
@@ -445,6 +457,19 @@ pub trait Kernels: Send + Sync {
         finish: &Finish<'_>,
         arithmetic: Arithmetic,
     ) -> Result<()>;
+
+    /// Adds to several gradients of weights; none of them is another's.
+    ///
+    /// # Errors
+    /// As [`Self::matmul`].
+    fn add_weight_gradients(&self, gradients: &mut [WeightGradient<'_>]) -> Result<()> {
+        gradients.iter_mut().try_for_each(|gradient| {
+            let product = (Operand::transposed(gradient.left), Operand::plain(gradient.right));
+            let finish = Finish { scale: gradient.scale, ..Finish::ACCUMULATE };
+            let arithmetic = crate::tape::arithmetic_for(gradient.left.dtype());
+            self.matmul(&[product], gradient.out, &finish, arithmetic)
+        })
+    }
 
     /// `out[t] = scale * table[ids[t]]`; ids were checked.
     fn embedding(&self, ids: &Tensor, table: &Tensor, scale: f32, out: &mut Tensor);

@@ -220,23 +220,17 @@ impl Node {
         let Some(d_out) = gradients.take(slot) else { return Ok(()) };
         let features = self.weight.shape()[0];
         let d_out = d_out.reshape(&[self.input_shape[0], features])?;
-        let device = d_out.device().clone();
-        let kernels = device.kernels();
         let arithmetic = arithmetic_for(d_out.dtype());
         let input = match &self.input {
             Some(saved) => Some(saved.get()?.reshape(&self.input_shape)?),
             None => None,
         };
         let d_reduced = match &self.record {
-            Some(record) => Some(self.adapter_gradients(record, input.as_ref(), &d_out)?),
+            Some(record) => Some(self.adapter_gradients(gradients, record, input.as_ref(), &d_out)?),
             None => None,
         };
         if let (Some(parameter), Some(input)) = (self.weight.parameter(), &input) {
-            parameter.accumulate(|d_weight| {
-                let product = (Operand::transposed(&d_out), Operand::plain(input));
-                let finish = Finish { scale: self.scale, ..Finish::ACCUMULATE };
-                kernels.matmul(&[product], d_weight, &finish, arithmetic)
-            })?;
+            gradients.add_weight(parameter, d_out.clone(), input.clone(), self.scale)?;
         }
         if let Some(bias) = &self.bias {
             self.bias_gradient(bias, &d_out, features)?;
@@ -244,10 +238,10 @@ impl Node {
         if let Some(slot) = self.input_slot {
             self.input_gradient(gradients, slot, &d_out, d_reduced.as_ref(), arithmetic)?;
         }
-        match self.residual_slot {
-            Some(slot) => gradients.add(slot, d_out),
-            None => Ok(()),
-        }
+        let Some(slot) = self.residual_slot else { return gradients.settle_weights() };
+        // It is added to in place further on.
+        gradients.finish_weights()?;
+        gradients.add(slot, d_out)
     }
 
     fn bias_gradient(&self, bias: &Parameter, d_out: &Tensor, features: usize) -> Result<()> {
@@ -264,6 +258,7 @@ impl Node {
     /// Adds to the gradients of A and B and returns d(s x A^T) = s dy B, the layer's factor not included.
     fn adapter_gradients(
         &self,
+        gradients: &mut Gradients,
         record: &LoraRecord,
         input: Option<&Tensor>,
         d_out: &Tensor,
@@ -275,22 +270,15 @@ impl Node {
         let mut d_reduced = Tensor::scratch(d_out.device(), Category::Activations, d_out.dtype(), &shape)?;
         let product = (Operand::plain(d_out), Operand::plain(&b));
         kernels.matmul(&[product], &mut d_reduced, &Finish::scaled(record.lora.scale), arithmetic)?;
-        let finish = Finish { scale: self.scale, ..Finish::ACCUMULATE };
         if let Some(parameter) = record.lora.b.parameter() {
             drop(b);
-            parameter.accumulate(|d_b| {
-                let product = (Operand::transposed(d_out), Operand::plain(&record.reduced));
-                kernels.matmul(&[product], d_b, &finish, arithmetic)
-            })?;
+            gradients.add_weight(parameter, d_out.clone(), record.reduced.clone(), self.scale)?;
         }
         if let (Some(parameter), Some(input)) = (record.lora.a.parameter(), input) {
             let dropped =
                 record.dropout.map(|key| drop_elements(input, record.lora.dropout, key)).transpose()?;
-            parameter.accumulate(|d_a| {
-                let right = dropped.as_ref().unwrap_or(input);
-                let product = (Operand::transposed(&d_reduced), Operand::plain(right));
-                kernels.matmul(&[product], d_a, &finish, arithmetic)
-            })?;
+            let right = dropped.unwrap_or_else(|| input.clone());
+            gradients.add_weight(parameter, d_reduced.clone(), right, self.scale)?;
         }
         Ok(d_reduced)
     }

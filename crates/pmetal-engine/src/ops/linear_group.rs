@@ -6,7 +6,7 @@ use crate::memory::Category;
 use crate::ops::linear::{check_residual, linear, token_count};
 use crate::ops::{Linear, LinearOptions, Lora};
 use crate::tape::{Gradients, Saved, arithmetic_for};
-use crate::{DType, Device, Tape, Tensor, Var, Weight};
+use crate::{DType, Tape, Tensor, Var, Weight};
 
 /// Linear layers that read the same input.
 #[derive(Debug, Clone)]
@@ -28,8 +28,6 @@ struct Packed {
     weight: Tensor,
     /// All A \[S, D\], rows of no adapter zero; `None` when there are no adapters.
     a: Option<Tensor>,
-    /// The gradients of all A, f32 \[S, D\], where all are trained: the parameters' own memory.
-    d_a: Option<Tensor>,
     /// f32 \[sum of N\].
     bias: Option<Tensor>,
     /// s, the same for all adapters.
@@ -112,29 +110,10 @@ impl LinearGroup {
             }
             row += features;
         }
-        let d_a = self.joint_gradients(&device, [spare, width])?;
         let weight = wide.block([0, rows], [0, width])?;
         let bias = bias.map(|bias| bias.reshape(&[rows])).transpose()?;
-        self.packed = Some(Packed { wide, weight, a, d_a, bias, scale });
+        self.packed = Some(Packed { wide, weight, a, bias, scale });
         Ok(())
-    }
-
-    /// One matrix for the gradients of all A, when all are trained and none has a gradient yet.
-    fn joint_gradients(&self, device: &Device, [spare, width]: [usize; 2]) -> Result<Option<Tensor>> {
-        let adapters: Vec<&Lora> = self.layers.iter().filter_map(|layer| layer.lora.as_ref()).collect();
-        let parameters: Option<Vec<_>> = adapters.iter().map(|lora| lora.a.parameter()).collect();
-        let Some(parameters) = parameters.filter(|all| all.len() > 1) else { return Ok(None) };
-        if parameters.iter().any(|parameter| parameter.gradient().is_some()) {
-            return Ok(None);
-        }
-        let all = Tensor::zeros(device, Category::Gradients, DType::F32, &[spare, width])?;
-        let mut row = 0;
-        for parameter in parameters {
-            let rank = parameter.value().rows();
-            parameter.set_gradient_memory(all.block([row, rank], [0, width])?);
-            row += rank;
-        }
-        Ok(Some(all))
     }
 }
 
@@ -266,7 +245,7 @@ impl Node {
             }
         };
         if let Some(d_reduced) = &d_reduced {
-            self.adapter_gradients(&d_out, d_reduced)?;
+            self.adapter_gradients(gradients, &d_out, d_reduced)?;
             if let (Some(d_input), Some(a)) = (&mut d_input, &self.packed.a) {
                 let product = (Operand::plain(d_reduced), Operand::plain(a));
                 let finish = Finish { scale: self.packed.scale, ..Finish::ACCUMULATE };
@@ -296,56 +275,31 @@ impl Node {
         Tensor::join_columns(parts).map(Some)
     }
 
-    /// Adds to the gradients of every A in one product; false where they are not in one matrix.
-    fn add_joint_gradients(&self, d_reduced: &Tensor, input: &Tensor) -> Result<bool> {
-        let Some(all) = &self.packed.d_a else { return Ok(false) };
-        let parameters = || self.adapters.iter().flatten().filter_map(|lora| lora.a.parameter());
-        let is_ours = |held: Option<Tensor>| held.is_some_and(|held| held.shares_memory(all));
-        if !parameters().all(|parameter| is_ours(parameter.last_gradient())) {
-            return Ok(false);
-        }
-        let mut target = all.block([0, all.rows()], [0, all.columns()])?;
-        let product = (Operand::transposed(d_reduced), Operand::plain(input));
-        let finish = Finish { scale: self.packed.scale, ..Finish::ACCUMULATE };
-        let arithmetic = arithmetic_for(d_reduced.dtype());
-        all.device().kernels().matmul(&[product], &mut target, &finish, arithmetic)?;
-        parameters().for_each(|parameter| parameter.mark_reached());
-        Ok(true)
-    }
-
     /// Adds to the gradients of every layer's A and B.
-    fn adapter_gradients(&self, d_out: &Tensor, d_reduced: &Tensor) -> Result<()> {
-        let kernels = d_out.device().kernels();
-        let arithmetic = arithmetic_for(d_out.dtype());
+    fn adapter_gradients(&self, gradients: &mut Gradients, d_out: &Tensor, d_reduced: &Tensor) -> Result<()> {
         let (Some(reduced), Some(saved)) = (&self.reduced, &self.input) else { return Ok(()) };
         let input = saved.get()?.reshape(&self.input_shape)?;
-        let is_joint = self.add_joint_gradients(d_reduced, &input)?;
+        let tokens = d_out.rows();
         let (mut row, mut column) = (0, 0);
         for (lora, &features) in self.adapters.iter().zip(&self.widths) {
             let Some(lora) = lora else {
                 row += features;
                 continue;
             };
-            let (rank, tokens) = (lora.a.shape()[0], d_out.rows());
+            let rank = lora.a.shape()[0];
             if let Some(b) = lora.b.parameter() {
-                let (slope, own) =
-                    (d_out.block([0, tokens], [row, features])?, reduced.block([0, tokens], [column, rank])?);
-                b.accumulate(|d_b| {
-                    let product = (Operand::transposed(&slope), Operand::plain(&own));
-                    kernels.matmul(&[product], d_b, &Finish::ACCUMULATE, arithmetic)
-                })?;
+                let slope = d_out.block([0, tokens], [row, features])?;
+                let own = reduced.block([0, tokens], [column, rank])?;
+                gradients.add_weight(b, slope, own, 1.0)?;
             }
-            if let Some(a) = lora.a.parameter().filter(|_| !is_joint) {
+            if let Some(a) = lora.a.parameter() {
                 let slope = d_reduced.block([0, tokens], [column, rank])?;
-                a.accumulate(|d_a| {
-                    let product = (Operand::transposed(&slope), Operand::plain(&input));
-                    let finish = Finish { scale: lora.scale, ..Finish::ACCUMULATE };
-                    kernels.matmul(&[product], d_a, &finish, arithmetic)
-                })?;
+                gradients.add_weight(a, slope, input.clone(), lora.scale)?;
             }
             row += features;
             column += rank;
         }
-        Ok(())
+        // The gradient of a residual is added to in place further on.
+        if self.residual_slot.is_some() { gradients.finish_weights() } else { gradients.settle_weights() }
     }
 }

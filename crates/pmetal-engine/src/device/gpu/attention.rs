@@ -4,47 +4,14 @@ mod matrix;
 #[cfg(test)]
 mod tests;
 
-use std::sync::{Arc, OnceLock};
-
 use super::Gpu;
 use super::launch::Kernel;
-use super::runtime::{Argument, ModuleText, Runtime, TensorMap};
+use super::runtime::{Argument, ModuleText, TensorMap};
 use crate::device::{AttentionMask, AttentionParameters};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::memory::Category;
 use crate::{DType, Tensor};
 use matrix::{Backward, Forward, Shape, Tile};
-
-/// Two counters that the Hopper forward kernel hands out its work by: zero before and after each launch, so that one pair
-/// is enough for one stream. Not a tensor, which would keep its device alive from within.
-pub(super) struct Counters {
-    runtime: Arc<dyn Runtime>,
-    address: OnceLock<Option<u64>>,
-}
-
-const COUNTER_BYTES: usize = 8;
-
-impl Counters {
-    pub(super) fn new(runtime: &Arc<dyn Runtime>) -> Self {
-        Self { runtime: Arc::clone(runtime), address: OnceLock::new() }
-    }
-
-    fn address(&self) -> Option<u64> {
-        *self.address.get_or_init(|| {
-            let address = self.runtime.allocate(COUNTER_BYTES)?;
-            self.runtime.fill(address, 0, COUNTER_BYTES);
-            Some(address)
-        })
-    }
-}
-
-impl Drop for Counters {
-    fn drop(&mut self) {
-        if let Some(address) = self.address.get().copied().flatten() {
-            self.runtime.free(address, COUNTER_BYTES);
-        }
-    }
-}
 
 /// What forward and backward read.
 pub(super) struct Inputs<'a> {
@@ -102,7 +69,7 @@ impl<'a> Inputs<'a> {
         Kernel::of(module, name)
             .number("HEAD_WIDTH", p.key_width)
             .number("VALUE_WIDTH", p.value_width)
-            .define("ATTENTION_F16", self.q.dtype() == DType::F16)
+            .define("HALVES_F16", self.q.dtype() == DType::F16)
             .define("ATTENTION_SOFTCAP", self.has_softcap())
     }
 
@@ -219,13 +186,7 @@ impl Gpu {
         out: &mut Tensor,
         log_sum_exp: &mut Tensor,
     ) -> Result<()> {
-        let Some(counters) = self.counters.address() else {
-            return Err(Error::OutOfMemory {
-                category: Category::Workspace.name(),
-                requested_bytes: COUNTER_BYTES,
-                live_bytes: out.device().memory().report().live_bytes,
-            });
-        };
+        let counters = self.counters.address(out)?;
         let [key_begin, key_end, ..] = inputs.ranges;
         let keys = shape.forward_keys();
         let work = shape.heads * shape.tokens.div_ceil(64 * consumers);

@@ -123,8 +123,8 @@ fn unpacked(argument: &Argument) -> (u8, u64) {
         Argument::U32(value) => (b'u', u64::from(*value)),
         Argument::U64(value) => (b'w', *value),
         Argument::F32(value) => (b'f', u64::from(value.to_bits())),
-        // No parameter is of this kind, so that the runner refuses it.
-        Argument::TensorMap(_) => (b'm', 0),
+        // No parameter is of these kinds, so that the runner refuses them.
+        Argument::TensorMap(_) | Argument::Words(_) => (b'm', 0),
     }
 }
 

@@ -5,6 +5,7 @@
 //! run.
 
 mod attention;
+mod counters;
 pub(crate) mod cuda;
 #[cfg(test)]
 mod emulator;
@@ -12,6 +13,7 @@ mod launch;
 mod optimizer;
 mod products;
 pub(crate) mod runtime;
+mod weight_gradients;
 
 use std::sync::Arc;
 
@@ -23,7 +25,7 @@ use runtime::{Argument, DeviceFacts};
 
 use super::{
     AdamWControl, AdamWEntry, Arithmetic, AttentionMask, AttentionParameters, CrossEntropyParameters, Finish,
-    GateActivation, Kernels, NormWeight, Operand, RopePairing, RopeRows, Sum,
+    GateActivation, Kernels, NormWeight, Operand, RopePairing, RopeRows, Sum, WeightGradient,
 };
 use crate::error::Result;
 use crate::memory::Category;
@@ -35,7 +37,7 @@ pub(crate) struct Gpu {
     runtime: Arc<dyn Runtime>,
     facts: DeviceFacts,
     tables: optimizer::Tables,
-    counters: attention::Counters,
+    counters: counters::Counters,
 }
 
 /// Parts that column sums over many rows are divided into.
@@ -43,7 +45,7 @@ const SUM_PARTS: usize = 64;
 
 impl Gpu {
     pub(crate) fn new(runtime: Arc<dyn Runtime>) -> Self {
-        let (facts, counters) = (runtime.facts(), attention::Counters::new(&runtime));
+        let (facts, counters) = (runtime.facts(), counters::Counters::new(&runtime));
         Self { runtime, facts, tables: optimizer::Tables::default(), counters }
     }
 
@@ -132,6 +134,10 @@ impl Kernels for Gpu {
         arithmetic: Arithmetic,
     ) -> Result<()> {
         self.multiply(products, out, finish, arithmetic)
+    }
+
+    fn add_weight_gradients(&self, gradients: &mut [WeightGradient<'_>]) -> Result<()> {
+        self.add_gradients(gradients)
     }
 
     fn embedding(&self, ids: &Tensor, table: &Tensor, scale: f32, out: &mut Tensor) {

@@ -72,10 +72,21 @@ pub(crate) fn control_values(constants: &AdamWParameters) -> [f32; 9] {
     ]
 }
 
+/// The flags of an entry; 8 divides `unit` where 8 divides all that it was made of.
+fn flags(decays: bool, unit: usize, addresses: &[u64]) -> u64 {
+    const DECAYS: u64 = 1;
+    const VECTORS: u64 = 2;
+    let is_aligned = unit.is_multiple_of(8) && addresses.iter().all(|address| address.is_multiple_of(16));
+    (if decays { DECAYS } else { 0 }) | (if is_aligned { VECTORS } else { 0 })
+}
+
 impl Gpu {
     pub(super) fn add_squares(&self, tensors: &[&Tensor], sum: &mut Sum) {
         let (Some(first), Some(total)) = (tensors.first(), &mut sum.device) else { return };
-        let describe = |tensor: &&Tensor| [0, tensor.address(), 0, 0, tensor.elements() as u64, 0, 1, 0, 0];
+        let describe = |tensor: &&Tensor| {
+            let flags = flags(false, tensor.elements(), &[tensor.address()]);
+            [0, tensor.address(), 0, 0, tensor.elements() as u64, 0, 1, 0, flags]
+        };
         let table = self.tables.get(first.device(), tensors.iter().flat_map(describe).collect());
         let partial = table.and_then(|table| {
             let shape = [table.count];
@@ -102,17 +113,13 @@ impl Gpu {
             let shadow = entry.shadow.as_mut();
             let (address, columns, pitch) =
                 shadow.map_or((0, 1, 1), |shadow| (shadow.address_mut(), shadow.columns(), shadow.pitch()));
-            [
-                entry.value.address_mut(),
-                entry.gradient.address(),
-                entry.first.address_mut(),
-                entry.second.address_mut(),
-                entry.value.elements() as u64,
-                address,
-                columns as u64,
-                pitch as u64,
-                entry.decays.into(),
-            ]
+            let (value, gradient) = (entry.value.address_mut(), entry.gradient.address());
+            let (first, second) = (entry.first.address_mut(), entry.second.address_mut());
+            let elements = entry.value.elements();
+            // A vector of the copy must not go over the end of a row.
+            let unit = if address == 0 { elements } else { elements | columns | pitch };
+            let flags = flags(entry.decays, unit, &[value, gradient, first, second, address]);
+            [value, gradient, first, second, elements as u64, address, columns as u64, pitch as u64, flags]
         };
         let table = match self.tables.get(&device, entries.iter_mut().flat_map(describe).collect()) {
             Ok(table) => table,

@@ -154,6 +154,8 @@ pub(crate) enum Argument {
     F32(f32),
     /// A description for the copy engine, 128 bytes by value.
     TensorMap(TensorMap),
+    /// A struct of 64 bytes by value.
+    Words([u64; 8]),
 }
 
 /// A matrix of heads \[rows, heads, width\] that the copy engine brings in by boxes of 64 columns of one head, swizzled by

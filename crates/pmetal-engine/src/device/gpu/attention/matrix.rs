@@ -9,22 +9,25 @@ macro_rules! texts {
     };
 }
 
-pub(super) static FORWARD: ModuleText =
-    ModuleText { name: "attention_forward", texts: texts!("attention_common.cuh", "attention_forward.cu") };
+pub(super) static FORWARD: ModuleText = ModuleText {
+    name: "attention_forward",
+    texts: texts!("tiles.cuh", "attention_common.cuh", "attention_forward.cu"),
+};
 
 pub(super) static FORWARD_HOPPER: ModuleText = ModuleText {
     name: "attention_forward_hopper",
-    texts: texts!("attention_common.cuh", "attention_hopper.cuh", "attention_forward_hopper.cu"),
+    texts: texts!("tiles.cuh", "attention_common.cuh", "attention_hopper.cuh", "attention_forward_hopper.cu"),
 };
 
 pub(super) static BACKWARD: ModuleText = ModuleText {
     name: "attention_backward",
-    texts: texts!("attention_common.cuh", "attention_prepare.cu", "attention_backward.cu"),
+    texts: texts!("tiles.cuh", "attention_common.cuh", "attention_prepare.cu", "attention_backward.cu"),
 };
 
 pub(super) static BACKWARD_HOPPER: ModuleText = ModuleText {
     name: "attention_backward_hopper",
     texts: texts!(
+        "tiles.cuh",
         "attention_common.cuh",
         "attention_hopper.cuh",
         "attention_prepare.cu",
@@ -32,8 +35,10 @@ pub(super) static BACKWARD_HOPPER: ModuleText = ModuleText {
     ),
 };
 
-pub(super) static DECODE: ModuleText =
-    ModuleText { name: "attention_decode", texts: texts!("attention_common.cuh", "attention_decode.cu") };
+pub(super) static DECODE: ModuleText = ModuleText {
+    name: "attention_decode",
+    texts: texts!("tiles.cuh", "attention_common.cuh", "attention_decode.cu"),
+};
 
 /// Documents with at most so many queries each are divided by their keys instead.
 const FEW_QUERIES: usize = 8;

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::*;
 use crate::device::gpu::cuda::{Cuda, CudaOptions};
-use crate::device::gpu::runtime::DeviceFacts;
+use crate::device::gpu::runtime::{DeviceFacts, Runtime};
 use crate::device::{Kernels, Segment};
 use crate::{Device, reference};
 

@@ -384,6 +384,7 @@ impl Argument {
             Self::Address(_) | Self::U64(_) => 8,
             Self::U32(_) | Self::F32(_) => 4,
             Self::TensorMap(_) => size_of::<EncodedMap>(),
+            Self::Words(words) => size_of_val(words),
         }
     }
 
@@ -392,6 +393,7 @@ impl Argument {
             Self::Address(value) | Self::U64(value) => std::ptr::from_ref(value).cast(),
             Self::U32(value) => std::ptr::from_ref(value).cast(),
             Self::F32(value) => std::ptr::from_ref(value).cast(),
+            Self::Words(words) => words.as_ptr().cast(),
             // Only the driver knows its value.
             Self::TensorMap(_) => std::ptr::null(),
         }
