@@ -91,28 +91,70 @@ fn check_rows(rows: &[u32], limit: usize) -> Result<()> {
 /// [`Error::Shape`] when the table has not one row per token; [`Error::Range`] when it turns more than a head's
 /// width; out of memory for a copy.
 pub fn rope(tape: &Tape, x: Var, table: &RopeTable) -> Result<Var> {
-    let input_slot = x.slot();
-    let shape = x.tensor().shape().to_vec();
-    let (tokens, rotated_width) = (shape.first().copied().unwrap_or(1), 2 * table.cosines.columns());
-    expect_shape("rope", "table", table.rows.shape(), &[tokens])?;
-    if rotated_width > x.tensor().columns() {
-        return Err(Error::Range {
-            operation: "rope",
-            what: "rotated width",
-            actual: rotated_width,
-            limit: x.tensor().columns() + 1,
-        });
+    let [rotated] = rope_all(tape, [x], table)?;
+    Ok(rotated)
+}
+
+/// [`rope`] of several tensors by the same angles; those that lie side by side are rotated together.
+///
+/// # Errors
+/// As [`rope`].
+pub fn rope_all<const COUNT: usize>(
+    tape: &Tape,
+    all: [Var; COUNT],
+    table: &RopeTable,
+) -> Result<[Var; COUNT]> {
+    let shapes: Vec<Vec<usize>> = all.iter().map(|x| x.tensor().shape().to_vec()).collect();
+    for (x, shape) in all.iter().zip(&shapes) {
+        let (tokens, rotated_width) = (shape.first().copied().unwrap_or(1), 2 * table.cosines.columns());
+        expect_shape("rope", "table", table.rows.shape(), &[tokens])?;
+        if rotated_width > x.tensor().columns() {
+            return Err(Error::Range {
+                operation: "rope",
+                what: "rotated width",
+                actual: rotated_width,
+                limit: x.tensor().columns() + 1,
+            });
+        }
     }
-    let mut rotated = x.into_tensor().into_unique()?;
-    let device = rotated.device().clone();
-    device.kernels().rope(&mut rotated, &table.angles(), false);
+    let input_slots: Vec<Option<usize>> = all.iter().map(Var::slot).collect();
+    // Every handle that they come with goes before any is asked to be the only one.
+    let rotated: Vec<Tensor> = all.into_iter().map(Var::into_tensor).collect();
+    let mut rotated = rotated.into_iter().map(Tensor::into_unique).collect::<Result<Vec<_>>>()?;
+    turn(&mut rotated, table, false);
+    let wanted = input_slots.iter().any(Option::is_some);
     let table = table.clone();
-    Ok(tape.push(rotated, input_slot.is_some(), |slot| {
+    let results = tape.push_all(rotated, wanted, |slots| {
         Box::new(move |gradients| {
-            let (Some(d_out), Some(input_slot)) = (gradients.take(slot), input_slot) else { return Ok(()) };
-            let mut d_x = d_out.into_unique()?.reshape(&shape)?;
-            device.kernels().rope(&mut d_x, &table.angles(), true);
-            gradients.add(input_slot, d_x)
+            let (mut arrived, mut targets) = (Vec::new(), Vec::new());
+            for ((slot, input_slot), shape) in slots.into_iter().zip(input_slots).zip(&shapes) {
+                if let (Some(d_out), Some(input_slot)) = (gradients.take(slot), input_slot) {
+                    arrived.push(d_out.into_unique()?.reshape(shape)?);
+                    targets.push(input_slot);
+                }
+            }
+            turn(&mut arrived, &table, true);
+            targets.into_iter().zip(arrived).try_for_each(|(slot, d_x)| gradients.add(slot, d_x))
         })
-    }))
+    });
+    results.try_into().map_err(|_| unreachable!("invariant: every tensor has a result"))
+}
+
+/// Rotates tensors to which these are the only handles.
+fn turn(all: &mut [Tensor], table: &RopeTable, inverse: bool) {
+    let mut rest = all;
+    while let Some((first, others)) = rest.split_first_mut() {
+        let device = first.device().clone();
+        let both = others.first().and_then(|second| first.beside(second));
+        rest = match both {
+            Some(mut both) => {
+                device.kernels().rope(&mut both, &table.angles(), inverse);
+                &mut others[1..]
+            }
+            None => {
+                device.kernels().rope(first, &table.angles(), inverse);
+                others
+            }
+        };
+    }
 }

@@ -145,6 +145,25 @@ impl Tensor {
         Ok(Self { shape, offset: rows.offset + first, part: Some(part), ..rows })
     }
 
+    /// Two tensors of heads \[T, H, E\] that lie side by side in one matrix as one \[T, H1 + H2, E\], to be written by who
+    /// holds the only handles to both; `None` where they do not, or on a host.
+    pub(crate) fn beside(&self, other: &Self) -> Option<Self> {
+        let (part, heads) = (self.part.as_ref()?, self.shape.get(1)?);
+        let is_alike = self.shape.len() == 3
+            && other.shape.len() == 3
+            && (self.shape[0], self.shape[2]) == (other.shape[0], other.shape[2])
+            && self.dtype == other.dtype
+            && other.part.as_ref().is_some_and(|other| other.pitch == part.pitch);
+        let is_next =
+            Arc::ptr_eq(&self.buffer, &other.buffer) && self.offset + heads * self.shape[2] == other.offset;
+        let is_ours = !self.is_host() && self.is_unique() && other.is_unique();
+        (is_alike && is_next && is_ours).then(|| Self {
+            shape: vec![self.shape[0], heads + other.shape[1], self.shape[2]],
+            part: Some(Part { pitch: part.pitch, handles: Arc::default(), spare: 0 }),
+            ..self.clone()
+        })
+    }
+
     /// Whether the tensors are all columns of one matrix, in order.
     fn are_columns_of_one(parts: &[&Self]) -> bool {
         let Some(first) = parts.first() else { return false };

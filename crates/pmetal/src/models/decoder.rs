@@ -302,22 +302,24 @@ impl Layer {
     ) -> Result<Var> {
         let spec = &self.spec.attention;
         let tokens = normed.tensor().rows();
-        let heads = |flat: Var, heads: usize, head_norm: Option<&Weight>, rotated: bool| -> Result<Var> {
-            let mut states = flat.reshape(&[tokens, heads, spec.head_width])?;
-            if let Some(weight) = head_norm {
-                states = rms_norm(tape, &states, Some(weight), shared.norm_weight, shared.epsilon)?
-                    .detached_recipe();
-            }
-            match spec.rope.filter(|_| rotated) {
-                Some(rope) => Ok(ops::rope(tape, states, &shared.inputs.ropes[rope])?),
+        let heads = |flat: Var, heads: usize, head_norm: Option<&Weight>| -> Result<Var> {
+            let states = flat.reshape(&[tokens, heads, spec.head_width])?;
+            match head_norm {
+                Some(weight) => {
+                    let normed = rms_norm(tape, &states, Some(weight), shared.norm_weight, shared.epsilon)?;
+                    Ok(normed.detached_recipe())
+                }
                 None => Ok(states),
             }
         };
         let [query, key, value] =
             projected(ops::linear_group(tape, normed, &self.projection, shared.options())?);
-        let query = heads(query, spec.query_heads, self.query_norm.as_ref(), true)?;
-        let mut key = heads(key, spec.key_value_heads, self.key_norm.as_ref(), true)?;
-        let mut value = heads(value, spec.key_value_heads, None, false)?;
+        let mut query = heads(query, spec.query_heads, self.query_norm.as_ref())?;
+        let mut key = heads(key, spec.key_value_heads, self.key_norm.as_ref())?;
+        let mut value = heads(value, spec.key_value_heads, None)?;
+        if let Some(rope) = spec.rope {
+            [query, key] = ops::rope_all(tape, [query, key], &shared.inputs.ropes[rope])?;
+        }
         if let Some((cache, index)) = cache {
             let (keys, values) = cache.append(index, key.tensor(), value.tensor())?;
             (key, value) = (Var::constant(keys), Var::constant(values));

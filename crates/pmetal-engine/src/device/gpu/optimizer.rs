@@ -5,11 +5,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use super::Gpu;
 use super::launch::Kernel;
-use super::runtime::Argument;
+use super::runtime::{Argument, Runtime};
 use crate::device::{AdamWControl, AdamWEntry, AdamWParameters, Sum};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::memory::Category;
-use crate::{DType, Device, Tensor};
+use crate::{DType, Tensor};
 
 /// Numbers that describe one tensor, as in `kernels/optimizer.cpp`.
 const ENTRY: usize = 9;
@@ -24,14 +24,41 @@ pub(super) struct Tables(Mutex<HashMap<Vec<u64>, Arc<Table>>>);
 /// At most this many descriptions are kept; a training run needs two.
 const MOST_TABLES: usize = 8;
 
+/// Not tensors, which would keep their device alive from within.
 struct Table {
-    entries: Tensor,
-    pieces: Tensor,
+    entries: Words,
+    pieces: Words,
     count: usize,
 }
 
+/// Numbers in a device's memory.
+struct Words {
+    runtime: Arc<dyn Runtime>,
+    address: u64,
+    bytes: usize,
+}
+
+impl Words {
+    fn upload(runtime: &Arc<dyn Runtime>, values: &[u32]) -> Result<Self> {
+        let bytes = size_of_val(values);
+        let address = runtime.allocate(bytes).ok_or(Error::OutOfMemory {
+            category: Category::Workspace.name(),
+            requested_bytes: bytes,
+            live_bytes: 0,
+        })?;
+        runtime.upload(bytemuck::cast_slice(values), address);
+        Ok(Self { runtime: Arc::clone(runtime), address, bytes })
+    }
+}
+
+impl Drop for Words {
+    fn drop(&mut self) {
+        self.runtime.free(self.address, self.bytes);
+    }
+}
+
 impl Tables {
-    fn get(&self, device: &Device, numbers: Vec<u64>) -> Result<Arc<Table>> {
+    fn get(&self, runtime: &Arc<dyn Runtime>, numbers: Vec<u64>) -> Result<Arc<Table>> {
         let mut tables = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(table) = tables.get(&numbers) {
             return Ok(Arc::clone(table));
@@ -45,9 +72,8 @@ impl Tables {
             pieces.extend((0..count).flat_map(|piece| [index as u32, piece]));
         }
         let words: &[u32] = bytemuck::cast_slice(&numbers);
-        let upload =
-            |values: &[u32]| Tensor::from_slice(device, Category::Workspace, &[values.len()], values);
-        let table = Table { entries: upload(words)?, pieces: upload(&pieces)?, count: pieces.len() / 2 };
+        let (entries, pieces_there) = (Words::upload(runtime, words)?, Words::upload(runtime, &pieces)?);
+        let table = Table { entries, pieces: pieces_there, count: pieces.len() / 2 };
         let table = Arc::new(table);
         tables.insert(numbers, Arc::clone(&table));
         Ok(table)
@@ -87,7 +113,7 @@ impl Gpu {
             let flags = flags(false, tensor.elements(), &[tensor.address()]);
             [0, tensor.address(), 0, 0, tensor.elements() as u64, 0, 1, 0, flags]
         };
-        let table = self.tables.get(first.device(), tensors.iter().flat_map(describe).collect());
+        let table = self.tables.get(&self.runtime, tensors.iter().flat_map(describe).collect());
         let partial = table.and_then(|table| {
             let shape = [table.count];
             Ok((Tensor::scratch(first.device(), Category::Workspace, DType::F32, &shape)?, table))
@@ -98,13 +124,19 @@ impl Gpu {
         };
         Kernel::new("optimizer", "squares")
             .element(DType::F32)
-            .arguments(&[(&table.entries).into(), (&table.pieces).into(), (&partial).into()])
+            .arguments(&[
+                Argument::Address(table.entries.address),
+                Argument::Address(table.pieces.address),
+                (&partial).into(),
+            ])
             .launch(self.runtime.as_ref(), [table.count, 1, 1], 256);
         self.add_values("optimizer", "add_squares", &partial, total);
     }
 
     pub(super) fn step(&self, entries: &mut [AdamWEntry<'_>], control: &AdamWControl, squares: Option<&Sum>) {
-        let Some(device) = entries.first().map(|entry| entry.value.device().clone()) else { return };
+        if entries.is_empty() {
+            return;
+        }
         let Some(constants) = &control.device else { return };
         // All copies for products are of one type.
         let shadows = entries.iter().filter_map(|entry| entry.shadow.as_ref());
@@ -121,14 +153,19 @@ impl Gpu {
             let flags = flags(entry.decays, unit, &[value, gradient, first, second, address]);
             [value, gradient, first, second, elements as u64, address, columns as u64, pitch as u64, flags]
         };
-        let table = match self.tables.get(&device, entries.iter_mut().flat_map(describe).collect()) {
+        let table = match self.tables.get(&self.runtime, entries.iter_mut().flat_map(describe).collect()) {
             Ok(table) => table,
             Err(error) => return self.runtime.fail("adamw", &error.to_string()),
         };
         let norm = squares.and_then(|squares| squares.device.as_ref());
         Kernel::new("optimizer", "adamw")
             .element(shadow_type)
-            .arguments(&[(&table.entries).into(), (&table.pieces).into(), constants.into(), norm.into()])
+            .arguments(&[
+                Argument::Address(table.entries.address),
+                Argument::Address(table.pieces.address),
+                constants.into(),
+                norm.into(),
+            ])
             .arguments(&[Argument::U32(norm.is_some().into())])
             .launch(self.runtime.as_ref(), [table.count, 1, 1], 256);
     }

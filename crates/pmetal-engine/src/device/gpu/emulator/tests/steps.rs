@@ -53,7 +53,18 @@ const CONSTANTS: AdamWParameters = AdamWParameters {
 
 /// Values, moments and shadows after a step on three tensors, one of which is several pieces long.
 fn stepped(run: &Run<'_>, constants: AdamWParameters, clips: bool, poison: Option<f32>) -> Vec<Tensor> {
-    let shapes = [vec![7, 33], vec![9001], vec![5]];
+    stepped_of([7, 33], run, constants, clips, poison)
+}
+
+/// [`stepped`] with a shape of the first tensor, which has the shadow.
+fn stepped_of(
+    first: [usize; 2],
+    run: &Run<'_>,
+    constants: AdamWParameters,
+    clips: bool,
+    poison: Option<f32>,
+) -> Vec<Tensor> {
+    let shapes = [first.to_vec(), vec![9001], vec![5], vec![4104]];
     let mut tensors: Vec<[Tensor; 4]> = Vec::new();
     for (index, shape) in shapes.iter().enumerate() {
         let [value, gradient, first] = [0, 1, 2].map(|part| run.floats(10 * index as u64 + part, shape));
@@ -71,7 +82,7 @@ fn stepped(run: &Run<'_>, constants: AdamWParameters, clips: bool, poison: Optio
     let kernels = run.device.kernels();
     kernels.sum_of_squares(&tensors.iter().map(|parts| &parts[1]).collect::<Vec<_>>(), &mut sum);
     let control = AdamWControl::new(run.device, constants).unwrap();
-    let mut shadow = run.tensor(9, &[7, 33]);
+    let mut shadow = run.tensor(9, &first);
     let mut shadows = Some(&mut shadow).filter(|_| !run.device.is_host());
     let mut entries: Vec<AdamWEntry<'_>> = tensors
         .iter_mut()
@@ -106,11 +117,36 @@ fn stepped(run: &Run<'_>, constants: AdamWParameters, clips: bool, poison: Optio
 fn steps_over_many_tensors_agree_with_the_processor() {
     for dtype in TYPES {
         check("a step", dtype, &|run| stepped(run, CONSTANTS, false, None));
+        // Eight elements at a time, over more than one piece; rows that eight does not divide.
+        for first in [[24, 400], [40, 4], [32, 129]] {
+            check("a step by vectors", dtype, &|run| stepped_of(first, run, CONSTANTS, false, None));
+        }
     }
     for max_norm in [0.0, 0.5, 1e6] {
         let constants = AdamWParameters { max_norm, ..CONSTANTS };
         check("a clipped step", DType::F32, &|run| stepped(run, constants, true, None));
     }
+}
+
+#[test]
+fn a_device_goes_with_the_last_tensor_on_it() {
+    if !has_compiler() {
+        return println!("skipped: no C++ compiler");
+    }
+    let emulator = Arc::new(Emulator::new(1));
+    let device = Device::gpu(Arc::clone(&emulator) as Arc<dyn super::Runtime>);
+    let run = Run {
+        device: &device,
+        dtype: DType::F32,
+        rounding: DType::F32,
+        padding: 0,
+        pads: RefCell::default(),
+    };
+    drop(stepped(&run, CONSTANTS, true, None));
+    drop(run);
+    drop(device);
+    assert_eq!(Arc::strong_count(&emulator), 1, "the device's kernels keep it alive");
+    assert!(lock(&emulator.memory).is_empty(), "memory is left behind");
 }
 
 #[test]
