@@ -10,7 +10,7 @@ use super::Gpu;
 use super::launch::Kernel;
 use super::runtime::{Argument, ModuleText, Runtime, TensorMap};
 use crate::device::{AttentionMask, AttentionParameters};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::memory::Category;
 use crate::{DType, Tensor};
 use matrix::{Backward, Forward, Shape, Tile};
@@ -220,11 +220,7 @@ impl Gpu {
         log_sum_exp: &mut Tensor,
     ) -> Result<()> {
         let Some(counters) = self.counters.address() else {
-            return Err(Error::OutOfMemory {
-                category: Category::Workspace.name(),
-                requested_bytes: COUNTER_BYTES,
-                live_bytes: out.device().memory().report().live_bytes,
-            });
+            return Err(out.device().memory().refuse(Category::Workspace, COUNTER_BYTES));
         };
         let [key_begin, key_end, ..] = inputs.ranges;
         let keys = shape.forward_keys();
