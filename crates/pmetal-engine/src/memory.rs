@@ -145,11 +145,7 @@ impl Counters {
             at_peak_bytes: self.at_peak[index],
             peak_bytes: self.peak[index],
         });
-        MemoryReport {
-            categories: categories.collect(),
-            live_bytes: self.total,
-            peak_bytes: self.total_peak,
-        }
+        MemoryReport { categories: categories.collect(), live_bytes: self.total, peak_bytes: self.total_peak }
     }
 }
 

@@ -248,8 +248,7 @@ impl Node {
     fn backward(mut self, gradients: &mut Gradients, slots: &[usize]) -> Result<()> {
         let Some(d_out) = self.d_out(gradients, slots)? else { return Ok(()) };
         let [tokens, width] = self.input_shape;
-        let is_apart =
-            width > d_out.columns() && tokens * width * d_out.dtype().bytes() >= APART_BYTES;
+        let is_apart = width > d_out.columns() && tokens * width * d_out.dtype().bytes() >= APART_BYTES;
         let (mut d_input, d_reduced) = match self.input_slot {
             Some(_) if !is_apart => self.joint_slopes(&d_out)?,
             _ => (None, self.reduced_slope(&d_out)?),
@@ -282,7 +281,12 @@ impl Node {
         Tensor::scratch(like.device(), Category::Activations, like.dtype(), &shape)
     }
 
-    fn multiply(&self, (left, right): (Operand<'_>, &Tensor), out: &mut Tensor, finish: &Finish<'_>) -> Result<()> {
+    fn multiply(
+        &self,
+        (left, right): (Operand<'_>, &Tensor),
+        out: &mut Tensor,
+        finish: &Finish<'_>,
+    ) -> Result<()> {
         let (device, arithmetic) = (out.device().clone(), arithmetic_for(left.tensor.dtype()));
         device.kernels().matmul(&[(left, Operand::plain(right))], out, finish, arithmetic)
     }

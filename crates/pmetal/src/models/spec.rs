@@ -1,5 +1,6 @@
 //! What distinguishes one decoder from another, as a value.
 
+use pmetal_engine::Recompute;
 use pmetal_engine::device::{GateActivation, NormWeight};
 
 use super::rope::Rope;
@@ -101,22 +102,28 @@ impl Spec {
     /// Estimate of the activations that a training step over `tokens` tokens holds at its peak.
     ///
     /// Counted per layer and token are two residual inputs, q, k, v, the attention's output, gate, up and what the
-    /// adapters keep (the sum of their ranks in a layer); with recomputation one residual input per layer and the
-    /// insides of one. To these comes the larger of two that never meet: the logits of one chunk with the hidden
+    /// adapters keep (the sum of their ranks in a layer); without any recomputation also two norms and the gated product;
+    /// with full recomputation one residual input per layer, or of three layers where they wait in the host's memory,
+    /// and the insides of one. To these comes the larger of two that never meet: the logits of one chunk with the hidden
     /// states that enter and leave it, or the gradients of the widest layer while it is passed.
     pub fn activation_bytes(&self, step: &StepShape) -> usize {
         let layer = |layer: &LayerSpec| {
             let heads = 2 * layer.attention.query_heads + 2 * layer.attention.key_value_heads;
             let own = 2 * self.width + heads * layer.attention.head_width + 2 * layer.feed_forward.width;
-            own + step.adapter_ranks
+            let again = match step.recompute {
+                Recompute::None => 2 * self.width + layer.feed_forward.width,
+                Recompute::Cheap | Recompute::Full => 0,
+            };
+            own + again + step.adapter_ranks
         };
         let widest = self.layers.iter().map(layer).max().unwrap_or(0);
-        let kept: usize = match step.checkpointing {
-            true => self.layers.len() * self.width + widest,
-            false => self.layers.iter().map(layer).sum(),
+        let inputs = if step.offloads { self.layers.len().min(3) } else { self.layers.len() };
+        let kept: usize = match step.recompute {
+            Recompute::Full => inputs * self.width + widest,
+            Recompute::None | Recompute::Cheap => self.layers.iter().map(layer).sum(),
         };
         let inner = self.layers.iter().map(|layer| layer.feed_forward.width).max().unwrap_or(0);
-        let passing = step.tokens * 3 * (self.width + inner) * step.element_bytes;
+        let passing = step.tokens * (3 * self.width + 2 * inner) * step.element_bytes;
         let chunk_rows = pmetal_engine::ops::logit_chunk_rows(step.on_host, self.vocabulary).min(step.tokens);
         let row = 4 * self.vocabulary + 2 * self.width * step.element_bytes;
         let loss = chunk_rows * row + step.tokens * self.width * step.element_bytes;
@@ -133,8 +140,10 @@ pub struct StepShape {
     pub element_bytes: usize,
     /// Sum of the ranks of a layer's adapters.
     pub adapter_ranks: usize,
-    /// Whether activations are computed again in the backward pass.
-    pub checkpointing: bool,
+    /// What of a layer is kept for the backward pass.
+    pub recompute: Recompute,
+    /// Whether the inputs of layers wait in the host's memory.
+    pub offloads: bool,
     /// Whether a CPU computes it.
     pub on_host: bool,
 }

@@ -98,8 +98,12 @@ impl Case {
         let x = input(&tape, self.wanted[0], tensor(device, self.dtype, &x_shape, &values[0]));
         let residual = self.present[5]
             .then(|| input(&tape, self.wanted[5], tensor(device, self.dtype, &y_shape, &values[5])));
-        let options =
-            LinearOptions { residual: residual.as_ref(), scale: self.scale, dropout: Some(SOURCE), ..Default::default() };
+        let options = LinearOptions {
+            residual: residual.as_ref(),
+            scale: self.scale,
+            dropout: Some(SOURCE),
+            ..Default::default()
+        };
         let y = ops::linear(&tape, &x, &layer, options).unwrap();
         assert_eq!(y.tensor().shape(), y_shape);
         let result = wide(y.tensor());
