@@ -7,7 +7,7 @@ use std::time::Instant;
 use anyhow::Context;
 use clap::{Args, Subcommand};
 use pmetal::engine::random::RandomKey;
-use pmetal::engine::{Device, Recompute};
+use pmetal::engine::{Device, MemoryReport, Recompute};
 use pmetal::formats::adapter::AdapterConfig;
 use pmetal::models::loader::{self, LoadOptions};
 use pmetal::models::{Config, TokenRun};
@@ -116,21 +116,25 @@ fn train(arguments: &TrainBench) -> anyhow::Result<ExitCode> {
     if arguments.memory_limit_gib > 0.0 {
         device.memory().set_limit(Some((arguments.memory_limit_gib * (1_u64 << 30) as f64) as usize));
     }
-    let facts = measure(arguments, &config, &device);
-    let facts = facts.map_err(|error| memory::explained(error, &device, Vec::new))?;
+    let measured = measure(arguments, &config, &device);
+    let (facts, report) = measured.map_err(|error| memory::explained(error, &device, Vec::new))?;
     if arguments.json {
         println!("{facts}");
     } else {
         println!("{:.1} tokens/s", facts["tokens_per_second"].as_f64().unwrap_or_default());
         let median = facts["step_seconds_median"].as_f64().unwrap_or_default();
         println!("{median:.3} s a step (median of {})", arguments.steps);
-        print!("{}", memory::table(&device.memory().report()));
+        print!("{}", memory::table(&report));
     }
     Ok(ExitCode::SUCCESS)
 }
 
-/// Times steps; what was found as JSON.
-fn measure(arguments: &TrainBench, config: &Config, device: &Device) -> pmetal::Result<serde_json::Value> {
+/// Times steps; what was found as JSON, and the memory that is held between steps and was at the peak.
+fn measure(
+    arguments: &TrainBench,
+    config: &Config,
+    device: &Device,
+) -> pmetal::Result<(serde_json::Value, MemoryReport)> {
     let dtype = arguments.dtype.dtype(device)?;
     let options = LoadOptions { dtype, train_all: arguments.full };
     let mut decoder = loader::random(config, device, options, 0)?;
@@ -168,7 +172,7 @@ fn measure(arguments: &TrainBench, config: &Config, device: &Device) -> pmetal::
         .iter()
         .map(|entry| (entry.category.name().to_owned(), entry.at_peak_bytes.into()))
         .collect();
-    Ok(serde_json::json!({
+    let facts = serde_json::json!({
         "tokens_per_second": tokens as f64 / median,
         "step_seconds_median": median,
         "step_seconds_least": seconds[0],
@@ -183,7 +187,8 @@ fn measure(arguments: &TrainBench, config: &Config, device: &Device) -> pmetal::
         "sequence_length": arguments.max_seq_len,
         "parameters": parameters as u64,
         "loss": loss,
-    }))
+    });
+    Ok((facts, memory))
 }
 
 /// Prints on stderr what each kernel of one more step takes.

@@ -429,3 +429,28 @@ fn rows_text(rows: &[usize]) -> String {
         _ => format!("rows {}{more}", listed.join(", ")),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use pmetal_engine::DType;
+
+    #[test]
+    fn a_failure_behind_refused_memory_is_called_what_it_is() {
+        let device = Device::cpu();
+        let failure = || {
+            Error::Engine(EngineError::Driver {
+                device: "cuda",
+                call: "attention_backward".to_owned(),
+                reason: "no memory is left".to_owned(),
+            })
+        };
+        assert!(matches!(out_of_memory(&device, failure()), Error::Engine(EngineError::Driver { .. })));
+        device.memory().set_limit(Some(10));
+        assert!(Tensor::zeros(&device, Category::Workspace, DType::F32, &[3]).is_err());
+        let error = out_of_memory(&device, failure());
+        assert_eq!(error.to_string(), "out of memory: 12 bytes for workspace on top of 0 bytes in use");
+        let other = out_of_memory(&device, Error::Diverged("step 3".to_owned()));
+        assert!(matches!(other, Error::Diverged(_)));
+    }
+}

@@ -132,7 +132,7 @@ fn memory_that_runs_out_in_the_middle_is_an_error_that_leaves_nothing_behind() {
         }));
         // What is made before the passes is made by `unwrap`.
         if let Ok(outcome) = ended {
-            let error = outcome.err().expect("a limit below the peak was not noticed");
+            let error = outcome.expect_err("a limit below the peak was not noticed");
             assert!(matches!(error, Error::OutOfMemory { .. }), "{error}");
             refused += 1;
         }
