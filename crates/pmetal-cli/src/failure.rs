@@ -17,12 +17,15 @@ pub(crate) const DATA_REJECTED: u8 = 5;
 /// An error with advice on what to do.
 #[derive(Debug)]
 pub(crate) struct Hinted {
-    hint: String,
+    /// Lines that are printed before the advice.
+    details: String,
+    /// `None` for what is usually said.
+    hint: Option<String>,
 }
 
 impl std::fmt::Display for Hinted {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        formatter.write_str(&self.hint)
+        formatter.write_str(self.hint.as_deref().unwrap_or(&self.details))
     }
 }
 
@@ -33,8 +36,14 @@ pub(crate) trait WithHint<T> {
 
 impl<T, E: Into<anyhow::Error>> WithHint<T> for Result<T, E> {
     fn hint(self, hint: impl Into<String>) -> anyhow::Result<T> {
-        self.map_err(|error| error.into().context(Hinted { hint: hint.into() }))
+        let hint = Some(hint.into());
+        self.map_err(|error| error.into().context(Hinted { details: String::new(), hint }))
     }
+}
+
+/// Adds lines that are printed after the error's chain, and advice in the place of the usual.
+pub(crate) fn detailed(error: Error, details: String, hint: Option<String>) -> anyhow::Error {
+    anyhow::Error::from(error).context(Hinted { details, hint })
 }
 
 /// Prints help, or what is wrong with the command line, and gives the exit code.
@@ -82,7 +91,7 @@ fn default_hint(error: &anyhow::Error) -> Option<&'static str> {
         Error::Diverged(_) => Some("lower --learning-rate; the last checkpoint is intact"),
         Error::Engine(pmetal::engine::Error::OutOfMemory { .. }) => Some(
             "halve --batch-size and double --gradient-accumulation-steps, lower --max-seq-len, \
-             or add --gradient-checkpointing",
+             or add --gradient-checkpointing=full",
         ),
         Error::Data(_) => Some("`pmetal data show` prints rows as the model will see them"),
         _ => None,
@@ -95,9 +104,9 @@ pub(crate) fn exit_code(outcome: anyhow::Result<ExitCode>) -> ExitCode {
         Ok(code) => return code,
         Err(error) => error,
     };
-    let hint = error.downcast_ref::<Hinted>().map(|hinted| hinted.hint.clone());
+    let hinted = error.downcast_ref::<Hinted>();
     let mut causes: Vec<String> = error.chain().map(ToString::to_string).collect();
-    if hint.is_some() {
+    if hinted.is_some() {
         causes.remove(0);
     }
     // A transparent wrapper repeats its cause.
@@ -107,6 +116,10 @@ pub(crate) fn exit_code(outcome: anyhow::Result<ExitCode>) -> ExitCode {
     for cause in causes {
         eprintln!("  {} {cause}", style::faint("caused by:"));
     }
+    if let Some(details) = hinted.map(|hinted| &hinted.details).filter(|details| !details.is_empty()) {
+        eprintln!("\n{}", details.trim_end());
+    }
+    let hint = hinted.and_then(|hinted| hinted.hint.clone());
     if let Some(hint) = hint.or_else(|| default_hint(&error).map(str::to_owned)) {
         eprintln!("\n{} {hint}", style::cyan("hint:"));
     }

@@ -7,6 +7,7 @@
 //! Letters in shapes: T tokens, D width, H query heads, K key/value heads, E head width, F feed-forward
 //! width, V vocabulary, R adapter rank, N output features.
 
+mod aside;
 pub mod device;
 pub mod dtype;
 pub mod error;
@@ -22,7 +23,7 @@ pub mod tensor;
 pub use device::Device;
 pub use dtype::DType;
 pub use error::{Error, Result};
-pub use memory::{Category, MemoryReport};
+pub use memory::{Category, CategoryBytes, MemoryReport, MemoryTracker, Shortage};
 pub use parameter::{Parameter, Weight};
-pub use tape::{Tape, Var};
+pub use tape::{Recompute, Tape, Var};
 pub use tensor::Tensor;

@@ -10,17 +10,35 @@ use std::cell::{OnceCell, RefCell};
 use std::rc::Rc;
 use std::sync::Arc;
 
+use crate::aside::{Aside, Kept};
 use crate::device::WeightGradient;
 use crate::error::{Error, Result};
 use crate::memory::Category;
-use crate::{DType, Parameter, Tensor};
+use crate::{DType, Device, Parameter, Tensor};
 
 type Backward = Box<dyn FnOnce(&mut Gradients) -> Result<()>>;
+
+/// What a forward pass keeps of its blocks for the backward pass. Losses and gradients are the same to the bit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Recompute {
+    /// All that the backward pass reads; nothing is computed twice.
+    None,
+    /// Results of products and of attention, with its log-sum-exps; norms and gated products are computed again.
+    #[default]
+    Cheap,
+    /// A block's input; the rest of the block is computed again.
+    Full,
+}
 
 /// The record of a forward pass; single-threaded, as the kernels are parallel inside.
 #[derive(Default)]
 pub struct Tape {
     record: Option<RefCell<Record>>,
+    /// Whether results with a recipe are kept all the same.
+    keeps_all: bool,
+    /// Whether this is the second pass over a block, whose result is known.
+    is_again: bool,
+    aside: Option<Rc<Aside>>,
 }
 
 #[derive(Default)]
@@ -246,7 +264,23 @@ impl Gradients {
 impl Tape {
     /// A tape that records.
     pub fn recording() -> Self {
-        Self { record: Some(RefCell::default()) }
+        Self { record: Some(RefCell::default()), ..Self::default() }
+    }
+
+    /// A tape that records and keeps also what could cheaply be computed again: [`Recompute::None`].
+    pub fn keeping_all() -> Self {
+        Self { keeps_all: true, ..Self::recording() }
+    }
+
+    /// Lets [`Self::checkpoint`] keep the inputs of blocks in the host's memory, where the device copies beside its
+    /// other work; elsewhere nothing changes.
+    pub fn putting_aside(self, device: &Device) -> Self {
+        Self { aside: device.can_put_aside().then(|| Rc::new(Aside::new(device))), ..self }
+    }
+
+    /// Whether a block is being computed again for the sake of its gradients, so that nobody reads its result.
+    pub(crate) fn is_again(&self) -> bool {
+        self.is_again
     }
 
     /// A tape that records nothing: inference.
@@ -298,7 +332,7 @@ impl Tape {
 
     /// Says how a value that is cheap to compute again can be had, so that later operations need not keep it.
     pub(crate) fn with_recipe(&self, var: Var, compute: impl Fn() -> Result<Tensor> + 'static) -> Var {
-        if var.slot.is_none() && !self.is_recording() {
+        if self.keeps_all || (var.slot.is_none() && !self.is_recording()) {
             return var;
         }
         let recipe = Some(Rc::new(Recipe { compute: Box::new(compute), memo: OnceCell::new() }));
@@ -312,6 +346,22 @@ impl Tape {
     /// [`Error::Range`] when the output is not of this record, [`Error::Shape`] when the gradient is not of its size;
     /// what a node returns: parameters may then hold part of the gradient.
     pub fn backward(&self, output: &Var, gradient: Tensor) -> Result<Gradients> {
+        self.check_root(output, &gradient)?;
+        self.run_backward(output.slot, gradient)
+    }
+
+    /// [`Self::backward`] that lets go of the output first.
+    ///
+    /// # Errors
+    /// As [`Self::backward`].
+    pub fn backward_of(&self, output: Var, gradient: Tensor) -> Result<Gradients> {
+        self.check_root(&output, &gradient)?;
+        let slot = output.slot;
+        drop(output);
+        self.run_backward(slot, gradient)
+    }
+
+    fn check_root(&self, output: &Var, gradient: &Tensor) -> Result<()> {
         if gradient.elements() != output.tensor.elements() {
             return Err(Error::Shape {
                 operation: "backward",
@@ -325,10 +375,15 @@ impl Tape {
             let what = "output's place in the record";
             return Err(Error::Range { operation: "backward", what, actual: slot, limit: slots });
         }
+        Ok(())
+    }
+
+    fn run_backward(&self, root: Option<usize>, gradient: Tensor) -> Result<Gradients> {
         let record = self.record.as_ref().map(RefCell::take).unwrap_or_default();
         let mut gradients = Gradients::new(record.slots);
-        if let Some(slot) = output.slot {
-            gradients.slots[slot] = Some(gradient);
+        match root {
+            Some(slot) => gradients.slots[slot] = Some(gradient),
+            None => drop(gradient),
         }
         let mut nodes = record.nodes;
         while let Some(node) = nodes.pop() {
@@ -339,27 +394,42 @@ impl Tape {
     }
 
     /// Runs `block` on `input` and keeps nothing but the input: the backward pass runs the block again.
-    /// The block must be a pure function of its input and of parameters (randomness keyed by counters).
+    /// The block must be a pure function of its input and of parameters (randomness keyed by counters). The second run
+    /// may leave out a result that [`crate::ops::LinearOptions::ends_block`] marks.
     ///
     /// # Errors
-    /// What the block returns.
+    /// What the block returns; out of memory.
     pub fn checkpoint(&self, input: Var, block: impl Fn(&Tape, Var) -> Result<Var> + 'static) -> Result<Var> {
         if !self.is_recording() {
             return block(self, input);
         }
-        let output = block(&Tape::off(), Var::constant(input.tensor.clone()))?;
-        let (kept, input_slot) = (input.tensor, input.slot);
+        let input_slot = input.slot;
+        let aside = self.aside.clone();
+        // The copy begins before the block, so that it takes place beside it.
+        let kept = match &aside {
+            Some(aside) => aside.put(input.tensor.clone())?,
+            None => Kept::Here(input.tensor.clone()),
+        };
+        let output = block(&Tape::off(), Var::constant(input.into_tensor()))?;
         Ok(self.push(output.into_tensor(), true, |slot| {
             Box::new(move |gradients| {
+                let kept = match (kept, &aside) {
+                    (Kept::Aside(place), Some(aside)) => aside.take(place)?,
+                    (Kept::Here(tensor), _) => tensor,
+                    (Kept::Aside(_), None) => {
+                        unreachable!("invariant: only a tape that puts aside has places")
+                    }
+                };
                 let Some(d_output) = gradients.take(slot) else { return Ok(()) };
-                let inner = Tape::recording();
+                let inner = Tape { is_again: true, ..Tape::recording() };
                 let leaf = match input_slot {
                     Some(_) => inner.leaf(kept),
                     None => Var::constant(kept),
                 };
-                let again = block(&inner, leaf.clone())?;
-                let mut inner_gradients = inner.backward(&again, d_output)?;
-                let d_input = leaf.slot.and_then(|slot| inner_gradients.take(slot));
+                let leaf_slot = leaf.slot;
+                let again = block(&inner, leaf)?;
+                let mut inner_gradients = inner.backward_of(again, d_output)?;
+                let d_input = leaf_slot.and_then(|slot| inner_gradients.take(slot));
                 match (input_slot, d_input) {
                     (Some(slot), Some(d_input)) => gradients.add(slot, d_input),
                     _ => Ok(()),

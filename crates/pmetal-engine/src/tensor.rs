@@ -133,16 +133,13 @@ impl Tensor {
     /// # Errors
     /// [`Error::OutOfMemory`] when the device has no room.
     pub fn scratch(device: &Device, category: Category, dtype: DType, shape: &[usize]) -> Result<Self> {
-        let out_of_memory = |requested_bytes| Error::OutOfMemory {
-            category: category.name(),
-            requested_bytes,
-            live_bytes: device.memory().report().live_bytes,
-        };
+        let out_of_memory = |requested_bytes| device.memory().refuse(category, requested_bytes);
         let bytes = shape
             .iter()
             .try_fold(dtype.bytes(), |product, &size| product.checked_mul(size))
             .ok_or_else(|| out_of_memory(usize::MAX))?;
-        let storage = device.allocate(bytes).ok_or_else(|| out_of_memory(bytes))?;
+        let room = device.memory().has_room_for(bytes);
+        let storage = room.then(|| device.allocate(bytes)).flatten().ok_or_else(|| out_of_memory(bytes))?;
         device.memory().allocated(category, storage.len());
         let buffer = Arc::new(Buffer { memory: storage, category, device: device.clone() });
         let mut tensor = Self { dtype, shape: shape.to_vec(), buffer, offset: 0, part: None };

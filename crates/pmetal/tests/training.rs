@@ -7,7 +7,7 @@ use std::path::Path;
 use pmetal::engine::device::{AdamWParameters, CrossEntropyParameters};
 use pmetal::engine::ops::{self, AdamWState};
 use pmetal::engine::random::RandomKey;
-use pmetal::engine::{Category, DType, Device, Parameter, Tape, Tensor, Weight};
+use pmetal::engine::{Category, DType, Device, Parameter, Recompute, Tape, Tensor, Weight};
 use pmetal::formats::adapter::AdapterConfig;
 use pmetal::lora;
 use pmetal::models::loader::{self, LoadOptions};
@@ -163,9 +163,9 @@ fn a_document_does_not_see_the_others() {
 #[test]
 fn recomputed_activations_give_the_same_bits() {
     for name in ["llama2", "qwen3-window"] {
-        let states: Vec<Vec<(String, Vec<u32>)>> = [false, true]
+        let states: Vec<Vec<(String, Vec<u32>)>> = LEVELS
             .into_iter()
-            .map(|checkpointing| {
+            .map(|recompute| {
                 let mut decoder = decoder(name, false);
                 decoder
                     .change_linears(|_, linear| {
@@ -173,7 +173,7 @@ fn recomputed_activations_give_the_same_bits() {
                         Ok(())
                     })
                     .unwrap();
-                let settings = OptimizerSettings { checkpointing, ..OptimizerSettings::default() };
+                let settings = OptimizerSettings { recompute, ..OptimizerSettings::default() };
                 let mut learner = Learner::new(decoder, settings).unwrap();
                 for step in 0..3 {
                     learner.step(step, 1e-2, &rows().chunks(3).map(packed).collect::<Vec<_>>()).unwrap();
@@ -183,12 +183,14 @@ fn recomputed_activations_give_the_same_bits() {
                 learner.state_tensors().into_iter().map(|(name, tensor)| (name, bits(tensor))).collect()
             })
             .collect();
-        assert!(states[0] == states[1], "{name}");
+        assert!(states[0] == states[1] && states[0] == states[2], "{name}");
     }
 }
 
+const LEVELS: [Recompute; 3] = [Recompute::None, Recompute::Cheap, Recompute::Full];
+
 /// Peak bytes of activations of one step over 64 tokens with that many layers.
-fn activation_peak(layers: usize, checkpointing: bool) -> usize {
+fn activation_peak(layers: usize, recompute: Recompute) -> usize {
     let config = serde_json::json!({
         "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 32, "intermediate_size": 64,
         "num_hidden_layers": layers, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 64,
@@ -199,7 +201,7 @@ fn activation_peak(layers: usize, checkpointing: bool) -> usize {
     let options = LoadOptions { dtype: DType::F32, train_all: false };
     let mut decoder = loader::random(&config, &device, options, 0).unwrap();
     lora::attach(&mut decoder, &AdapterConfig::all_linear(4, 8.0), 0).unwrap();
-    let settings = OptimizerSettings { checkpointing, ..OptimizerSettings::default() };
+    let settings = OptimizerSettings { recompute, ..OptimizerSettings::default() };
     let mut learner = Learner::new(decoder, settings).unwrap();
     let ids: Vec<u32> = (0..64).map(|t| t * 7 % 64).collect();
     let labels = (0..64).map(|t| if t < 63 { ids[t + 1] as i32 } else { -100 }).collect();
@@ -211,11 +213,14 @@ fn activation_peak(layers: usize, checkpointing: bool) -> usize {
 #[test]
 fn recomputation_keeps_one_state_for_each_layer() {
     let state = 64 * 32 * 4;
-    let (few, more, most) = (activation_peak(4, true), activation_peak(16, true), activation_peak(32, true));
+    let [few, more, most] = [4, 16, 32].map(|layers| activation_peak(layers, Recompute::Full));
     assert_eq!(more - few, 12 * state, "bytes of 12 more layers");
     assert_eq!(most - more, 16 * state, "bytes of 16 more layers");
-    let (few, most) = (activation_peak(4, false), activation_peak(32, false));
-    assert!(most - few > 28 * 4 * state, "without recomputation a layer keeps more than four states");
+    let [few, most] = [4, 32].map(|layers| activation_peak(layers, Recompute::Cheap));
+    assert!(most - few > 28 * 4 * state, "without its recomputation a layer keeps more than four states");
+    // Two norms as wide as a state, and a gated product that is twice as wide.
+    let all = activation_peak(32, Recompute::None) - activation_peak(4, Recompute::None);
+    assert_eq!(all - (most - few), 28 * 4 * state);
 }
 
 #[derive(serde::Deserialize)]

@@ -7,13 +7,15 @@ use std::time::Instant;
 use anyhow::Context;
 use clap::{Args, Subcommand};
 use pmetal::engine::random::RandomKey;
+use pmetal::engine::{Device, MemoryReport, Recompute};
 use pmetal::formats::adapter::AdapterConfig;
 use pmetal::models::loader::{self, LoadOptions};
 use pmetal::models::{Config, TokenRun};
+use pmetal::trainer::config::Setting;
 use pmetal::trainer::learner::{Learner, MicroBatch, OptimizerSettings};
 
 use super::{DeviceChoice, Precision};
-use crate::output;
+use crate::memory;
 
 /// Arguments of `pmetal bench`.
 #[derive(Args)]
@@ -51,9 +53,19 @@ struct TrainBench {
     /// Train all weights instead of adapters
     #[arg(long)]
     full: bool,
-    /// Compute activations again in the backward pass
+    /// What is computed again instead of kept: none, cheap or full
+    #[arg(long, value_name = "LEVEL", default_value = "cheap", default_missing_value = "full")]
+    #[arg(num_args = 0..=1, require_equals = true, value_parser = <Recompute as Setting>::from_text)]
+    gradient_checkpointing: Recompute,
+    /// Keep the inputs of layers in the host's memory (with full recomputation, GPUs only)
     #[arg(long)]
-    gradient_checkpointing: bool,
+    offload_activations: bool,
+    /// Launch kernels one by one instead of replaying steps as a graph
+    #[arg(long)]
+    no_cuda_graph: bool,
+    /// Most memory that tensors may take, in GiB; 0 = what the device has
+    #[arg(long, default_value_t = 0.0)]
+    memory_limit_gib: f64,
     /// Type of activations
     #[arg(long, value_enum, default_value = "auto")]
     dtype: Precision,
@@ -101,17 +113,43 @@ fn train(arguments: &TrainBench) -> anyhow::Result<ExitCode> {
         .with_context(|| format!("`{}` is not JSON", arguments.config.display()))?;
     let config = Config::new(value)?;
     let device = arguments.device.open()?;
-    let dtype = arguments.dtype.dtype(&device)?;
+    if arguments.memory_limit_gib > 0.0 {
+        device.memory().set_limit(Some((arguments.memory_limit_gib * (1_u64 << 30) as f64) as usize));
+    }
+    let measured = measure(arguments, &config, &device);
+    let (facts, report) = measured.map_err(|error| memory::explained(error, &device, Vec::new))?;
+    if arguments.json {
+        println!("{facts}");
+    } else {
+        println!("{:.1} tokens/s", facts["tokens_per_second"].as_f64().unwrap_or_default());
+        let median = facts["step_seconds_median"].as_f64().unwrap_or_default();
+        println!("{median:.3} s a step (median of {})", arguments.steps);
+        print!("{}", memory::table(&report));
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Times steps; what was found as JSON, and the memory that is held between steps and was at the peak.
+fn measure(
+    arguments: &TrainBench,
+    config: &Config,
+    device: &Device,
+) -> pmetal::Result<(serde_json::Value, MemoryReport)> {
+    let dtype = arguments.dtype.dtype(device)?;
     let options = LoadOptions { dtype, train_all: arguments.full };
-    let mut decoder = loader::random(&config, &device, options, 0)?;
+    let mut decoder = loader::random(config, device, options, 0)?;
     if !arguments.full {
         let adapter = AdapterConfig::all_linear(arguments.lora_r, 2.0 * arguments.lora_r as f64);
         pmetal::lora::attach(&mut decoder, &adapter, 0)?;
     }
     let (vocabulary, parameters) = (decoder.spec.vocabulary, decoder.spec.parameter_count());
     let weight_bytes = device.memory().report().live(pmetal::engine::Category::Weights);
-    let settings =
-        OptimizerSettings { checkpointing: arguments.gradient_checkpointing, ..OptimizerSettings::default() };
+    let settings = OptimizerSettings {
+        recompute: arguments.gradient_checkpointing,
+        offloads: arguments.offload_activations,
+        records: !arguments.no_cuda_graph,
+        ..OptimizerSettings::default()
+    };
     let mut learner = Learner::new(decoder, settings)?;
     let (mut seconds, mut loss) = (Vec::new(), f64::NAN);
     for step in 0..WARM_UP_STEPS + arguments.steps {
@@ -123,29 +161,23 @@ fn train(arguments: &TrainBench) -> anyhow::Result<ExitCode> {
         }
     }
     if arguments.profile {
-        learner.forget_recording();
-        let batch = random_batch(arguments.batch_size, arguments.max_seq_len, vocabulary, 0);
-        let step = WARM_UP_STEPS + arguments.steps;
-        let work = || learner.step(step, 1e-4, std::slice::from_ref(&batch));
-        let (_, times) = device.profile(work)?;
-        let total: f64 = times.iter().map(|time| time.seconds).sum();
-        eprintln!(
-            "{:9.3} ms in {} kernels",
-            total * 1e3,
-            times.iter().map(|time| time.launches).sum::<usize>()
-        );
-        for time in &times {
-            eprintln!("{:9.3} ms {:5} x {}", time.seconds * 1e3, time.launches, time.name);
-        }
+        profile(arguments, &mut learner, vocabulary)?;
     }
     seconds.sort_by(f64::total_cmp);
     let median = seconds[seconds.len() / 2];
     let tokens = arguments.batch_size * arguments.max_seq_len;
-    let report = serde_json::json!({
+    let memory = device.memory().report();
+    let at_peak: serde_json::Map<String, serde_json::Value> = memory
+        .categories
+        .iter()
+        .map(|entry| (entry.category.name().to_owned(), entry.at_peak_bytes.into()))
+        .collect();
+    let facts = serde_json::json!({
         "tokens_per_second": tokens as f64 / median,
         "step_seconds_median": median,
         "step_seconds_least": seconds[0],
-        "peak_bytes": device.memory().report().peak_bytes,
+        "peak_bytes": memory.peak_bytes,
+        "peak_bytes_by_category": at_peak,
         "peak_rss_bytes": pmetal::trainer::resident_peak_bytes(),
         "dtype": dtype.name(),
         "weight_bytes": weight_bytes,
@@ -156,14 +188,23 @@ fn train(arguments: &TrainBench) -> anyhow::Result<ExitCode> {
         "parameters": parameters as u64,
         "loss": loss,
     });
-    if arguments.json {
-        println!("{report}");
-    } else {
-        println!("{:.1} tokens/s", tokens as f64 / median);
-        println!("{median:.3} s a step (median of {})", seconds.len());
-        println!("{} at the peak, tensors", output::bytes(device.memory().report().peak_bytes));
+    Ok((facts, memory))
+}
+
+/// Prints on stderr what each kernel of one more step takes.
+fn profile(arguments: &TrainBench, learner: &mut Learner, vocabulary: usize) -> pmetal::Result<()> {
+    learner.forget_recording();
+    let device = learner.decoder().device().clone();
+    let batch = random_batch(arguments.batch_size, arguments.max_seq_len, vocabulary, 0);
+    let step = WARM_UP_STEPS + arguments.steps;
+    let (_, times) = device.profile(|| learner.step(step, 1e-4, std::slice::from_ref(&batch)))?;
+    let total: f64 = times.iter().map(|time| time.seconds).sum();
+    let launches = times.iter().map(|time| time.launches).sum::<usize>();
+    eprintln!("{:9.3} ms in {launches} kernels", total * 1e3);
+    for time in &times {
+        eprintln!("{:9.3} ms {:5} x {}", time.seconds * 1e3, time.launches, time.name);
     }
-    Ok(ExitCode::SUCCESS)
+    Ok(())
 }
 
 /// Rows of random tokens, every one trained but the last of each row.

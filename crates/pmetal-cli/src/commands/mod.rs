@@ -44,13 +44,13 @@ pub(crate) enum Precision {
 
 impl Precision {
     /// The type of activations on a device.
-    pub(crate) fn dtype(self, device: &Device) -> anyhow::Result<DType> {
+    pub(crate) fn dtype(self, device: &Device) -> pmetal::Result<DType> {
         let precision = match self {
             Self::Auto => config::Precision::Auto,
             Self::F32 => config::Precision::F32,
             Self::Bf16 => config::Precision::Bf16,
         };
-        Ok(activation_type(precision, device)?)
+        activation_type(precision, device)
     }
 }
 

@@ -13,6 +13,7 @@ use pmetal::formats::atomic::RunLock;
 use pmetal::formats::fs::{Fs, RealFs};
 use pmetal::trainer::artefacts;
 use pmetal::trainer::config::{ConfigLayers, ResolvedConfig};
+use pmetal::trainer::memory::advice;
 use pmetal::trainer::prepare::{self, Prepared};
 use pmetal::trainer::train_loop::{Event, Outcome, TrainingRun};
 
@@ -20,7 +21,7 @@ pub(crate) use arguments::TrainArguments;
 
 use crate::failure::WithHint;
 use crate::interrupt::Interrupts;
-use crate::style;
+use crate::{memory, style};
 
 /// What is suggested when neither model nor dataset is named: a minute's lesson for the embedded model.
 const DEMONSTRATION: [(&str, &str); 11] = [
@@ -45,7 +46,8 @@ pub(crate) fn run(arguments: TrainArguments) -> anyhow::Result<ExitCode> {
     }
     super::set_up_threads(resolved.config().threads)?;
     let device = super::open_device(resolved.config().device, resolved.config().deterministic)?;
-    let prepared = prepare::prepare(&mut resolved, &device)?;
+    let prepared = prepare::prepare(&mut resolved, &device)
+        .map_err(|error| memory::explained(error, &device, Vec::new))?;
     let mut watcher = watch::Watcher::new(&arguments, resolved.config());
     watcher.header(&resolved, &prepared);
     if arguments.dry_run {
@@ -68,8 +70,10 @@ pub(crate) fn run(arguments: TrainArguments) -> anyhow::Result<ExitCode> {
     pmetal::formats::atomic::write_file(&*fs, &run_file, resolved.to_run_toml().as_bytes())
         .map_err(Error::from)?;
     artefacts::drop_samples_from(&*fs, &output, training.next_due_step())?;
-    let outcome = training.run(&mut show)?;
+    let outcome = training.run(&mut show);
     let learner = training.learner();
+    let advice = || advice(resolved.config(), learner.decoder(), &description);
+    let outcome = outcome.map_err(|error| memory::explained(error, &device, advice))?;
     match outcome {
         Outcome::Interrupted { step } => {
             watcher.interrupted(step, total, &arguments);

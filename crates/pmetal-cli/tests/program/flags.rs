@@ -96,6 +96,12 @@ fn cases() -> Vec<Case> {
             Folder(|s, plain, changed| peak_bytes(s, changed) < peak_bytes(s, plain)),
         ),
         (
+            "offload_activations",
+            &["--gradient-checkpointing"],
+            &["--offload-activations"],
+            Folder(|s, _, o| runs_with(s, o, "offload_activations = true")),
+        ),
+        (
             "eval_dataset",
             &[],
             &["--eval-dataset", "other.jsonl"],
@@ -158,6 +164,12 @@ fn cases() -> Vec<Case> {
             &[],
             &["--no-cuda-graph"],
             Folder(|s, _, o| runs_with(s, o, "no_cuda_graph = true")),
+        ),
+        (
+            "memory_limit_gib",
+            &[],
+            &["--memory-limit-gib", "0.0002"],
+            Refused(4, &["out of memory", "hint: "]),
         ),
         (
             "threads",

@@ -142,6 +142,14 @@ impl Device {
         Ok(Some((Recording(replay?), outcome)))
     }
 
+    /// Whether tensors can wait in the host's memory, copied there and back beside other work.
+    pub fn can_put_aside(&self) -> bool {
+        match &self.0.store {
+            Store::Host(_) => false,
+            Store::Remote(runtime) => runtime.can_put_aside(),
+        }
+    }
+
     /// Whether tensors are in the program's own memory.
     pub fn is_host(&self) -> bool {
         matches!(self.0.store, Store::Host(_))

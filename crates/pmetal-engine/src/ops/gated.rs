@@ -70,5 +70,6 @@ pub fn gated_with_spare(
             Ok(())
         })
     });
-    Ok(tape.with_recipe(var, move || compute(0)))
+    // With the same columns to spare, so that products read it alike whether it was kept or not.
+    Ok(tape.with_recipe(var, move || compute(spare)))
 }

@@ -60,11 +60,14 @@ pub struct LinearOptions<'a> {
     pub scale: f32,
     /// Dropout of the adapter's input.
     pub dropout: Option<Dropout>,
+    /// Whether the result is that of a whole [`Tape::checkpoint`]. When the block is computed again for its gradients
+    /// it is left out, as nobody reads it: the residual, or nothing in particular, stands in its place.
+    pub ends_block: bool,
 }
 
 impl Default for LinearOptions<'_> {
     fn default() -> Self {
-        Self { residual: None, scale: 1.0, dropout: None }
+        Self { residual: None, scale: 1.0, dropout: None, ends_block: false }
     }
 }
 
@@ -106,7 +109,11 @@ pub fn linear(tape: &Tape, x: &Var, layer: &Linear, options: LinearOptions<'_>) 
     let record = layer.lora.as_ref().map(|lora| reduce(lora, &input, options.dropout)).transpose()?;
 
     let residual = check_residual(&options, &input, features)?;
-    let mut out = Tensor::scratch(&device, Category::Activations, input.dtype(), &[tokens, features])?;
+    let is_left_out = options.ends_block && tape.is_again();
+    let mut out = match residual.filter(|_| is_left_out) {
+        Some(residual) => residual.clone(),
+        None => Tensor::scratch(&device, Category::Activations, input.dtype(), &[tokens, features])?,
+    };
     let bias = layer.bias.as_ref().map(Weight::value);
     if let Some(bias) = &bias {
         expect_shape("linear", "bias", bias.shape(), &[features])?;
@@ -119,7 +126,9 @@ pub fn linear(tape: &Tape, x: &Var, layer: &Linear, options: LinearOptions<'_>) 
         expect_shape("linear", "lora_B", b.shape(), &[features, record.reduced.columns()])?;
         products.push((Operand::plain(&record.reduced), Operand::transposed(b)));
     }
-    device.kernels().matmul(&products, &mut out, &finish, arithmetic)?;
+    if !is_left_out {
+        device.kernels().matmul(&products, &mut out, &finish, arithmetic)?;
+    }
 
     let (input_slot, residual_slot) = (x.slot(), options.residual.and_then(Var::slot));
     let adapter = layer.lora.as_ref().map(|lora| [&lora.a, &lora.b]);
@@ -216,7 +225,7 @@ struct Node {
 }
 
 impl Node {
-    fn backward(self, gradients: &mut Gradients, slot: usize) -> Result<()> {
+    fn backward(mut self, gradients: &mut Gradients, slot: usize) -> Result<()> {
         let Some(d_out) = gradients.take(slot) else { return Ok(()) };
         let features = self.weight.shape()[0];
         let d_out = d_out.reshape(&[self.input_shape[0], features])?;
@@ -235,6 +244,9 @@ impl Node {
         if let Some(bias) = &self.bias {
             self.bias_gradient(bias, &d_out, features)?;
         }
+        // It may have been computed again: it need not be there while its gradient is.
+        drop(input);
+        self.input = None;
         if let Some(slot) = self.input_slot {
             self.input_gradient(gradients, slot, &d_out, d_reduced.as_ref(), arithmetic)?;
         }

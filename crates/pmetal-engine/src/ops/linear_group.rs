@@ -151,6 +151,9 @@ pub fn linear_group(
         }
         None => None,
     };
+    if let Some(residual) = residual.filter(|_| options.ends_block && tape.is_again()) {
+        return record(tape, x, group, packed, options, (residual.clone(), reduced));
+    }
     let mut out = scratch(features)?;
     let finish = Finish { bias: packed.bias.as_ref(), residual, ..Finish::STORE };
     match (&reduced, input.spare_columns()) {
@@ -216,41 +219,32 @@ struct Node {
     residual_slot: Option<usize>,
 }
 
+/// Inputs of at least so many bytes do not exist together with their gradient, where they are wider than the result: what
+/// a feed-forward layer's middle takes is most of what a block takes at its peak. (Smaller ones in tests, to have both.)
+const APART_BYTES: usize = if cfg!(test) { 256 } else { 32 << 20 };
+
 impl Node {
-    fn backward(self, gradients: &mut Gradients, slots: &[usize]) -> Result<()> {
+    fn backward(mut self, gradients: &mut Gradients, slots: &[usize]) -> Result<()> {
         let Some(d_out) = self.d_out(gradients, slots)? else { return Ok(()) };
         let [tokens, width] = self.input_shape;
-        let device = d_out.device().clone();
-        let (kernels, arithmetic) = (device.kernels(), arithmetic_for(d_out.dtype()));
-        let ranks = self.packed.a.as_ref().map_or(0, Tensor::rows);
-        let scratch =
-            |columns| Tensor::scratch(&device, Category::Activations, d_out.dtype(), &[tokens, columns]);
-        // The gradients of x and of s x A^T / s in one pass over d_out.
-        let (mut d_input, d_reduced) = match (self.input_slot, ranks) {
-            (None, 0) => (None, None),
-            (None, _) => {
-                let b = self.packed.wide.block([0, self.packed.wide.rows()], [width, ranks])?;
-                let mut d_reduced = scratch(ranks)?;
-                let product = (Operand::plain(&d_out), Operand::plain(&b));
-                kernels.matmul(&[product], &mut d_reduced, &Finish::STORE, arithmetic)?;
-                (None, Some(d_reduced))
-            }
-            (Some(_), _) => {
-                let mut both = scratch(width + ranks)?;
-                let product = (Operand::plain(&d_out), Operand::plain(&self.packed.wide));
-                kernels.matmul(&[product], &mut both, &Finish::STORE, arithmetic)?;
-                let widths = if ranks > 0 { vec![width, ranks] } else { vec![width] };
-                let mut parts = both.split_columns(&widths)?.into_iter();
-                (parts.next(), parts.next())
-            }
+        let is_apart = width > d_out.columns() && tokens * width * d_out.dtype().bytes() >= APART_BYTES;
+        let (mut d_input, d_reduced) = match self.input_slot {
+            Some(_) if !is_apart => self.joint_slopes(&d_out)?,
+            _ => (None, self.reduced_slope(&d_out)?),
         };
         if let Some(d_reduced) = &d_reduced {
             self.adapter_gradients(gradients, &d_out, d_reduced)?;
-            if let (Some(d_input), Some(a)) = (&mut d_input, &self.packed.a) {
-                let product = (Operand::plain(d_reduced), Operand::plain(a));
-                let finish = Finish { scale: self.packed.scale, ..Finish::ACCUMULATE };
-                kernels.matmul(&[product], d_input, &finish, arithmetic)?;
-            }
+        }
+        // It may have been computed again.
+        self.input = None;
+        if self.input_slot.is_some() && d_input.is_none() {
+            let mut alone = self.scratch(&d_out, width)?;
+            self.multiply((Operand::plain(&d_out), &self.packed.weight), &mut alone, &Finish::STORE)?;
+            d_input = Some(alone);
+        }
+        if let (Some(d_reduced), Some(d_input), Some(a)) = (&d_reduced, &mut d_input, &self.packed.a) {
+            let finish = Finish { scale: self.packed.scale, ..Finish::ACCUMULATE };
+            self.multiply((Operand::plain(d_reduced), a), d_input, &finish)?;
         }
         if let (Some(slot), Some(d_input)) = (self.input_slot, d_input) {
             gradients.add(slot, d_input)?;
@@ -259,6 +253,40 @@ impl Node {
             Some(slot) => gradients.add(slot, d_out),
             None => Ok(()),
         }
+    }
+
+    fn scratch(&self, like: &Tensor, columns: usize) -> Result<Tensor> {
+        let shape = [self.input_shape[0], columns];
+        Tensor::scratch(like.device(), Category::Activations, like.dtype(), &shape)
+    }
+
+    fn multiply(
+        &self,
+        (left, right): (Operand<'_>, &Tensor),
+        out: &mut Tensor,
+        finish: &Finish<'_>,
+    ) -> Result<()> {
+        let (device, arithmetic) = (out.device().clone(), arithmetic_for(left.tensor.dtype()));
+        device.kernels().matmul(&[(left, Operand::plain(right))], out, finish, arithmetic)
+    }
+
+    /// The gradients of x and of s x A^T / s in one pass over d_out.
+    fn joint_slopes(&self, d_out: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let (width, ranks) = (self.input_shape[1], self.packed.a.as_ref().map_or(0, Tensor::rows));
+        let mut both = self.scratch(d_out, width + ranks)?;
+        self.multiply((Operand::plain(d_out), &self.packed.wide), &mut both, &Finish::STORE)?;
+        let widths = if ranks > 0 { vec![width, ranks] } else { vec![width] };
+        let mut parts = both.split_columns(&widths)?.into_iter();
+        Ok((parts.next(), parts.next()))
+    }
+
+    /// The gradient of s x A^T / s alone.
+    fn reduced_slope(&self, d_out: &Tensor) -> Result<Option<Tensor>> {
+        let Some(ranks) = self.packed.a.as_ref().map(Tensor::rows) else { return Ok(None) };
+        let b = self.packed.wide.block([0, self.packed.wide.rows()], [self.input_shape[1], ranks])?;
+        let mut d_reduced = self.scratch(d_out, ranks)?;
+        self.multiply((Operand::plain(d_out), &b), &mut d_reduced, &Finish::STORE)?;
+        Ok(Some(d_reduced))
     }
 
     /// The gradients of all layers as one matrix; `None` when none has arrived.

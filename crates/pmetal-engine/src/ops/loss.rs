@@ -174,7 +174,7 @@ impl Chunk<'_> {
         let kernels = device.kernels();
         let arithmetic = arithmetic_for(input.dtype());
         let shape = [input.rows(), value.rows()];
-        let mut logits = Tensor::scratch(device, Category::Workspace, DType::F32, &shape)?;
+        let mut logits = Tensor::scratch(device, Category::Logits, DType::F32, &shape)?;
         let product = (Operand::plain(input), Operand::transposed(&value));
         kernels.matmul(&[product], &mut logits, &Finish::STORE, arithmetic)?;
         let logits = kernels.cross_entropy(logits, self.labels, self.parameters, sum, input.dtype())?;

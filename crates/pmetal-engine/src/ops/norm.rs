@@ -77,5 +77,6 @@ pub fn rms_norm_with_spare(
             })
         })
     });
-    Ok(tape.with_recipe(var, move || compute(0)))
+    // With the same columns to spare, so that products read it alike whether it was kept or not.
+    Ok(tape.with_recipe(var, move || compute(spare)))
 }

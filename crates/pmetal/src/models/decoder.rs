@@ -6,7 +6,7 @@ use pmetal_engine::device::{AttentionParameters, CrossEntropyParameters};
 use pmetal_engine::ops::{
     self, CrossEntropy, Dropout, LinearGroup, LinearOptions, Targets, linear_cross_entropy, rms_norm,
 };
-use pmetal_engine::{Category, DType, Device, Tape, Tensor, Var, Weight};
+use pmetal_engine::{Category, DType, Device, Recompute, Tape, Tensor, Var, Weight};
 
 use super::cache::KeyValueCache;
 use super::inputs::{AngleCache, Inputs};
@@ -85,8 +85,8 @@ pub type Observer<'a> = &'a mut dyn FnMut(usize, &Tensor);
 /// How a forward pass runs.
 #[derive(Default)]
 pub struct Forward<'a> {
-    /// Keep one activation per layer and compute the rest again in the backward pass.
-    pub checkpointing: bool,
+    /// What a recording tape keeps of a layer; [`Recompute::None`] needs [`Tape::keeping_all`].
+    pub recompute: Recompute,
     /// Randomness of adapter dropout; absent outside training.
     pub dropout: Option<Dropout>,
     /// Keys and values of earlier tokens of a single document; extended by the run's.
@@ -153,7 +153,7 @@ impl Decoder {
                 observe(index, states.tensor());
             }
             let cache = forward.cache.as_deref_mut();
-            states = if forward.checkpointing {
+            states = if forward.recompute == Recompute::Full {
                 let (layer, shared) = (Arc::clone(layer), shared.clone());
                 tape.checkpoint(states, move |tape, states| {
                     layer.run(tape, states, &shared, None).map_err(Error::into_engine)
@@ -274,7 +274,7 @@ impl Layer {
         let normed = norm(&states, &self.input_norm, &self.projection)?;
         let attended = self.attend(tape, &normed, shared, cache)?;
         drop(normed);
-        let states = self.apply(tape, &attended, &self.output, shared, &states)?;
+        let states = self.apply(tape, &attended, &self.output, shared.options(), &states)?;
         drop(attended);
         let normed = norm(&states, &self.post_attention_norm, &self.gate_up)?;
         let [gate, up] = projected(ops::linear_group(tape, &normed, &self.gate_up, shared.options())?);
@@ -282,12 +282,20 @@ impl Layer {
         let activation = self.spec.feed_forward.activation;
         let product = ops::gated_with_spare(tape, activation, &gate, &up, self.down.spare())?;
         drop((gate, up));
-        self.apply(tape, &product, &self.down, shared, &states)
+        let options = LinearOptions { ends_block: true, ..shared.options() };
+        self.apply(tape, &product, &self.down, options, &states)
     }
 
     /// One linear layer whose result is added to the states.
-    fn apply(&self, tape: &Tape, x: &Var, group: &LinearGroup, shared: &Shared, states: &Var) -> Result<Var> {
-        let options = LinearOptions { residual: Some(states), ..shared.options() };
+    fn apply<'a>(
+        &self,
+        tape: &Tape,
+        x: &Var,
+        group: &LinearGroup,
+        options: LinearOptions<'a>,
+        states: &'a Var,
+    ) -> Result<Var> {
+        let options = LinearOptions { residual: Some(states), ..options };
         let [out] = projected(ops::linear_group(tape, x, group, options)?);
         Ok(out)
     }

@@ -4,6 +4,7 @@
 //! collects all that is wrong before it reports; [`ResolvedConfig`] knows where each value came from and writes the
 //! `run.toml` that repeats the run.
 
+mod checkpointing;
 mod layers;
 mod resume;
 mod table;
@@ -13,6 +14,8 @@ pub use layers::{ConfigLayers, Origin, ResolvedConfig};
 pub use resume::{Change, ResumeDiff};
 pub use table::{Effect, Field, Group};
 pub use value::{Setting, Value};
+
+use pmetal_engine::Recompute;
 
 use table::{Said, settings};
 use value::choice_setting;
@@ -179,8 +182,13 @@ settings! {
     max_steps: u64 = 0, Batches, Numbers, ["iters"];
     /// Put several rows into one sequence; they do not see one another.
     packing: bool = true, Batches, Numbers, ["sample_packing", "use_sequence_packing"];
-    /// Keep the inputs of blocks only and compute their insides twice: less memory, the same numbers.
-    gradient_checkpointing: bool = false, Batches, Nothing, ["grad_checkpoint", "use_gradient_checkpointing"];
+    /// What is computed again instead of kept, for less memory and the same numbers: none; cheap (norms and gated
+    /// products); full (all but the inputs of layers, which takes about a quarter longer).
+    gradient_checkpointing: Recompute = Recompute::Cheap, Batches, Nothing,
+        ["grad_checkpoint", "use_gradient_checkpointing"];
+    /// With gradient_checkpointing = "full" on a GPU: keep the inputs of layers in the host's memory, copied beside the
+    /// computation.
+    offload_activations: bool = false, Batches, Nothing, ["activation_offloading", "offload_activation"];
 
     /// File with rows to evaluate on; empty = a part of the dataset.
     eval_dataset: String = String::new(), Reports, Numbers, ["validation_file", "eval_file"];
@@ -217,6 +225,9 @@ settings! {
     deterministic: bool = false, Machine, Numbers, [];
     /// Launch the kernels of every training step one by one on an NVIDIA GPU instead of replaying them as one CUDA graph.
     no_cuda_graph: bool = false, Machine, Nothing, [];
+    /// Most memory that tensors may take on the device, in GiB; 0 = what it has. A run that needs more ends with exit code 4.
+    memory_limit_gib: f64 = 0.0, Machine, Nothing, ["memory_limit", "max_memory"],
+        "must be from 0 to 1e6" => |limit| (0.0..=1e6).contains(limit);
     /// Threads of the CPU; 0 = one for each core. The numbers do not depend on it.
     threads: usize = 0, Machine, Nothing, ["num_threads"],
         "must be at most 4096" => |threads| *threads <= 4096;
@@ -233,7 +244,7 @@ impl TrainConfig {
     /// Settings without effect, given the values of others.
     fn shadowed(&self) -> Vec<Shadowed> {
         let no_evaluation = self.eval_dataset.is_empty() && self.eval_fraction == 0.0;
-        let rules: [(bool, &'static str, &'static str, &'static [&'static str]); 7] = [
+        let rules: [(bool, &'static str, &'static str, &'static [&'static str]); 9] = [
             (
                 self.tuning == Tuning::Full,
                 "tuning",
@@ -250,6 +261,13 @@ impl TrainConfig {
             (self.max_steps > 0, "max_steps", "is set", &["epochs"]),
             (!self.eval_dataset.is_empty(), "eval_dataset", "is set", &["eval_fraction"]),
             (no_evaluation, "eval_fraction", "is 0", &["eval_max_examples", "eval_every"]),
+            (
+                self.gradient_checkpointing != Recompute::Full,
+                "gradient_checkpointing",
+                "is not \"full\"",
+                &["offload_activations"],
+            ),
+            (self.device == DeviceChoice::Cpu, "device", "is \"cpu\"", &["offload_activations"]),
             (
                 self.sample_prompt.is_empty(),
                 "sample_prompt",

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use pmetal_engine::device::{AdamWControl, AdamWParameters, Recording, Sum};
 use pmetal_engine::ops::{self, AdamWState, Dropout, Targets};
-use pmetal_engine::{Category, Parameter, Tape, Tensor};
+use pmetal_engine::{Category, Device, Error as EngineError, Parameter, Recompute, Tape, Tensor};
 
 use crate::error::{Error, Result};
 use crate::models::inputs::padded_labels;
@@ -41,8 +41,11 @@ pub struct OptimizerSettings {
     pub weight_decay: f64,
     /// Largest 2-norm of all gradients together; 0 = no clipping.
     pub max_gradient_norm: f64,
-    /// Whether activations are computed again in the backward pass.
-    pub checkpointing: bool,
+    /// What of a layer is kept for the backward pass.
+    pub recompute: Recompute,
+    /// Whether the inputs of layers wait in the host's memory, with [`Recompute::Full`] and on a device that can copy
+    /// beside its other work.
+    pub offloads: bool,
     /// Keys dropout.
     pub seed: u64,
     /// Whether steps are recorded and replayed on a device that can (a CUDA graph).
@@ -57,7 +60,8 @@ impl Default for OptimizerSettings {
             epsilon: 1e-8,
             weight_decay: 0.0,
             max_gradient_norm: 1.0,
-            checkpointing: false,
+            recompute: Recompute::default(),
+            offloads: false,
             seed: 0,
             records: true,
         }
@@ -224,7 +228,10 @@ impl Learner {
             return Err(Error::Data(format!("step {}: none of its tokens is trained", step + 1)));
         }
         let constants = self.constants(step, learning_rate, trained_tokens);
+        let device = self.decoder.device().clone();
+        device.memory().forget_shortage();
         let outcome = self.replay_or_compute(step, batches, constants);
+        let outcome = outcome.map_err(|error| out_of_memory(&device, error));
         let outcome = outcome.and_then(|sums| self.report(step, batches, &sums, trained_tokens));
         self.parameters.iter().for_each(|parameter| parameter.clear_gradient());
         outcome
@@ -266,9 +273,13 @@ impl Learner {
         let device = self.decoder.device().clone();
         let mut losses = Vec::with_capacity(inputs.batches.len());
         for (index, (batch, targets)) in inputs.batches.iter().enumerate() {
-            let tape = Tape::recording();
+            let tape = match self.settings.recompute {
+                Recompute::None => Tape::keeping_all(),
+                Recompute::Full if self.settings.offloads => Tape::recording().putting_aside(&device),
+                Recompute::Cheap | Recompute::Full => Tape::recording(),
+            };
             let forward = Forward {
-                checkpointing: self.settings.checkpointing,
+                recompute: self.settings.recompute,
                 // Micro-batches of one step must not share a mask.
                 dropout: Some(Dropout { seed: self.settings.seed, step: (dropout_step + index) as u32 }),
                 ..Forward::default()
@@ -276,7 +287,7 @@ impl Learner {
             // The number of trained tokens divides once, in the optimizer.
             let (states, loss) = self.decoder.loss_of(&tape, batch, targets, 1.0, forward)?;
             if let Some(d_hidden) = loss.d_hidden {
-                tape.backward(&states, d_hidden)?;
+                tape.backward_of(states, d_hidden)?;
             }
             losses.push(loss.sum);
         }
@@ -348,9 +359,14 @@ impl Learner {
     /// # Errors
     /// Out of memory; a token beyond the vocabulary.
     pub fn evaluate(&self, batch: &MicroBatch) -> Result<(f64, usize)> {
-        let (_, loss) =
-            self.decoder.loss(&Tape::off(), &batch.run, &batch.labels, 1.0, Forward::default())?;
-        Ok((loss.sum.read()?, loss.tokens))
+        let device = self.decoder.device();
+        device.memory().forget_shortage();
+        let score = || -> Result<(f64, usize)> {
+            let (_, loss) =
+                self.decoder.loss(&Tape::off(), &batch.run, &batch.labels, 1.0, Forward::default())?;
+            Ok((loss.sum.read()?, loss.tokens))
+        };
+        score().map_err(|error| out_of_memory(device, error))
     }
 
     /// Everything that a resumed run needs: parameters and both moments, by name, f32.
@@ -394,6 +410,14 @@ impl Learner {
     }
 }
 
+/// Where scratch memory for a kernel was refused, the device fails later, at another place.
+fn out_of_memory(device: &Device, error: Error) -> Error {
+    match (device.memory().shortage(), error) {
+        (Some(shortage), Error::Engine(EngineError::Driver { .. })) => Error::Engine(shortage.to_error()),
+        (_, error) => error,
+    }
+}
+
 /// "row 7" or "rows 7, 8, 9 and 3 more", counted from 1.
 fn rows_text(rows: &[usize]) -> String {
     let listed: Vec<String> = rows.iter().take(8).map(|row| (row + 1).to_string()).collect();
@@ -403,5 +427,30 @@ fn rows_text(rows: &[usize]) -> String {
         0 => "a batch of no dataset".to_owned(),
         1 => format!("row {}", listed[0]),
         _ => format!("rows {}{more}", listed.join(", ")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use pmetal_engine::DType;
+
+    #[test]
+    fn a_failure_behind_refused_memory_is_called_what_it_is() {
+        let device = Device::cpu();
+        let failure = || {
+            Error::Engine(EngineError::Driver {
+                device: "cuda",
+                call: "attention_backward".to_owned(),
+                reason: "no memory is left".to_owned(),
+            })
+        };
+        assert!(matches!(out_of_memory(&device, failure()), Error::Engine(EngineError::Driver { .. })));
+        device.memory().set_limit(Some(10));
+        assert!(Tensor::zeros(&device, Category::Workspace, DType::F32, &[3]).is_err());
+        let error = out_of_memory(&device, failure());
+        assert_eq!(error.to_string(), "out of memory: 12 bytes for workspace on top of 0 bytes in use");
+        let other = out_of_memory(&device, Error::Diverged("step 3".to_owned()));
+        assert!(matches!(other, Error::Diverged(_)));
     }
 }

@@ -4,6 +4,7 @@ pub mod artefacts;
 pub mod checkpoint;
 pub mod config;
 pub mod learner;
+pub mod memory;
 pub mod metrics;
 pub mod plot;
 pub mod prepare;

@@ -2,11 +2,13 @@
 
 use std::path::{Path, PathBuf};
 
-use pmetal_engine::Device;
+use pmetal_engine::{Device, Recompute};
 use pmetal_formats::adapter::{AdapterConfig, ModuleNames};
 
 use super::checkpoint::Identity;
-use super::config::{LearningRateSchedule, OnLong, Origin, ResolvedConfig, TrainConfig, TrainOn, Tuning};
+use super::config::{
+    DeviceChoice, LearningRateSchedule, OnLong, Origin, ResolvedConfig, TrainConfig, TrainOn, Tuning,
+};
 use super::learner::{Learner, MicroBatch, OptimizerSettings};
 use super::schedule::{Decay, Schedule, warmup_steps};
 use super::train_loop::{Batches, Every, RunPlan};
@@ -26,6 +28,8 @@ const STEP_TOKENS: usize = 8192;
 const PASS_TOKENS: usize = 2048;
 /// Parts of a run after which evaluations, checkpoints and samples come on their own.
 const PARTS: usize = 10;
+/// Bytes of a GiB.
+const GIB: f64 = (1_u64 << 30) as f64;
 
 /// Everything that a run needs.
 pub struct Prepared {
@@ -109,6 +113,8 @@ fn micro_batch(packed: PackedBatch, examples: &[data::Example]) -> MicroBatch {
 /// What loading returns; [`Error::Usage`] for settings that the model or the data cannot follow.
 pub fn prepare(resolved: &mut ResolvedConfig, device: &Device) -> Result<Prepared> {
     let config = resolved.config().clone();
+    let limit = (config.memory_limit_gib > 0.0).then_some((config.memory_limit_gib * GIB) as usize);
+    device.memory().set_limit(limit);
     let dtype = activation_type(config.dtype, device)?;
     let source = ModelSource::parse(&config.model);
     let full = config.tuning == Tuning::Full;
@@ -132,6 +138,10 @@ pub fn prepare(resolved: &mut ResolvedConfig, device: &Device) -> Result<Prepare
     };
     let mut notes = model.notes.clone();
     notes.extend(dataset.notes.iter().cloned());
+    let offloads = config.offload_activations && config.gradient_checkpointing == Recompute::Full;
+    if offloads && !device.can_put_aside() && config.device != DeviceChoice::Cpu {
+        notes.push(format!("`offload_activations` has no effect on `{}`", device.name()));
+    }
     let description = Description {
         source,
         family: model.decoder.spec.family,
@@ -162,7 +172,8 @@ pub fn prepare(resolved: &mut ResolvedConfig, device: &Device) -> Result<Prepare
         epsilon: config.eps,
         weight_decay: config.weight_decay,
         max_gradient_norm: config.max_grad_norm,
-        checkpointing: config.gradient_checkpointing,
+        recompute: config.gradient_checkpointing,
+        offloads: config.offload_activations,
         seed: config.seed,
         records: !config.no_cuda_graph,
     };

@@ -69,6 +69,7 @@ fn value_name(field: &Field, kind: &str) -> &'static str {
         "output" => "DIR",
         "lora_target_modules" => "NAMES",
         "sample_prompt" => "TEXT",
+        "gradient_checkpointing" => "LEVEL",
         _ if kind.contains("true") => "BOOL",
         _ if kind.contains("whole") => "N",
         _ if kind.contains("number") => "X",

@@ -6,11 +6,10 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use pmetal::engine::memory::Category;
 use pmetal::formats::fs::RealFs;
-use pmetal::models::StepShape;
 use pmetal::trainer::artefacts::{self, Saved};
 use pmetal::trainer::config::{Origin, ResolvedConfig, TrainConfig};
+use pmetal::trainer::memory;
 use pmetal::trainer::metrics::StepRecord;
 use pmetal::trainer::prepare::{Description, Prepared};
 use pmetal::trainer::train_loop::Event;
@@ -325,26 +324,8 @@ pub(super) fn dry_run(
     resolved: &ResolvedConfig,
     prepared: &Prepared,
 ) -> anyhow::Result<ExitCode> {
-    let decoder = prepared.learner.decoder();
-    let held = decoder.device().memory().report();
     let config = resolved.config();
-    let description = &prepared.description;
-    let ranks = description.adapter.as_ref().map_or(0, |adapter| adapter.r * description.adapted_modules);
-    let step = decoder.spec.activation_bytes(&StepShape {
-        tokens: description.most_tokens,
-        element_bytes: description.dtype.bytes(),
-        adapter_ranks: ranks / decoder.spec.layers.len().max(1),
-        checkpointing: config.gradient_checkpointing,
-        on_host: decoder.device().is_host(),
-    });
-    let trained = 4 * prepared.description.trained_parameters;
-    let table = [
-        ("weights", held.live(Category::Weights)),
-        ("trained parameters", trained),
-        ("gradients", trained),
-        ("optimizer", 2 * trained),
-        ("activations", step),
-    ];
+    let table = memory::estimate(config, prepared.learner.decoder(), &prepared.description);
     let total: usize = table.iter().map(|row| row.1).sum();
     if arguments.json {
         let memory: serde_json::Map<String, serde_json::Value> =

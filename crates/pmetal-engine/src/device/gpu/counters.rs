@@ -4,7 +4,7 @@ use std::sync::{Arc, OnceLock};
 
 use super::runtime::Runtime;
 use crate::Tensor;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::memory::Category;
 
 /// Counters, u32, that are zero before and after each launch, so that one set is enough for one stream. Not a tensor, which
@@ -31,11 +31,7 @@ impl Counters {
             self.runtime.fill(address, 0, BYTES);
             Some(address)
         });
-        allocated.ok_or_else(|| Error::OutOfMemory {
-            category: Category::Workspace.name(),
-            requested_bytes: BYTES,
-            live_bytes: like.device().memory().report().live_bytes,
-        })
+        allocated.ok_or_else(|| like.device().memory().refuse(Category::Workspace, BYTES))
     }
 }
 

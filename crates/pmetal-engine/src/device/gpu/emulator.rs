@@ -18,7 +18,7 @@ use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
 use libloading::Library;
 use sha2::Digest;
 
-use super::runtime::{Argument, DeviceFacts, Gemm, Launch, ModuleText, Replay, Runtime};
+use super::runtime::{Argument, DeviceFacts, Gemm, HostCopy, Launch, ModuleText, Replay, Runtime};
 use crate::device::KernelTime;
 use crate::error::{Error, Result};
 
@@ -63,14 +63,71 @@ pub(super) struct Emulator {
     seed: u64,
     launches: AtomicU64,
     /// Sizes of what is allocated.
-    memory: Mutex<HashMap<u64, usize>>,
-    failure: Mutex<Option<(String, String)>>,
+    memory: Arc<Mutex<HashMap<u64, usize>>>,
+    failure: Arc<Mutex<Option<(String, String)>>>,
+}
+
+/// What is copied to and from at the last moment that the contract allows: when it is joined.
+struct LateCopy {
+    bytes: Vec<u8>,
+    pending: Option<(Way, u64)>,
+    memory: Arc<Mutex<HashMap<u64, usize>>>,
+    failure: Arc<Mutex<Option<(String, String)>>>,
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum Way {
+    Store,
+    Fetch,
+}
+
+impl LateCopy {
+    fn begin(&mut self, way: Way, address: u64) {
+        self.join();
+        if way == Way::Fetch {
+            // SAFETY: the caller owns the target. What is used before the join shows.
+            unsafe { (address as *mut u8).write_bytes(0xFF, self.bytes.len()) };
+        }
+        self.pending = Some((way, address));
+    }
+}
+
+impl HostCopy for LateCopy {
+    fn store(&mut self, address: u64) {
+        self.begin(Way::Store, address);
+    }
+
+    fn fetch(&mut self, address: u64) {
+        self.begin(Way::Fetch, address);
+    }
+
+    fn join(&mut self) {
+        let Some((way, address)) = self.pending.take() else { return };
+        if lock(&self.memory).get(&address).is_none_or(|&bytes| bytes < self.bytes.len()) {
+            let reason = "its memory was given back before the copy was joined".to_owned();
+            lock(&self.failure).get_or_insert(("copying beside other work".to_owned(), reason));
+            return;
+        }
+        // SAFETY: the range is allocated, as was just seen.
+        unsafe {
+            match way {
+                Way::Store => self.bytes.as_mut_ptr().copy_from(address as *const u8, self.bytes.len()),
+                Way::Fetch => (address as *mut u8).copy_from(self.bytes.as_ptr(), self.bytes.len()),
+            }
+        }
+    }
+}
+
+impl Drop for LateCopy {
+    fn drop(&mut self) {
+        self.join();
+    }
 }
 
 impl Emulator {
     /// A device whose threads and groups run in an order that the seed decides.
     pub(super) fn new(seed: u64) -> Self {
-        Self { seed, launches: AtomicU64::new(0), memory: Mutex::default(), failure: Mutex::default() }
+        Self { seed, launches: AtomicU64::new(0), memory: Arc::default(), failure: Arc::default() }
     }
 
     fn keep(&self, result: Result<()>) {
@@ -263,6 +320,15 @@ impl Runtime for Emulator {
         for row in 0..rows {
             self.copy(source.0 + (row * source.1) as u64, target.0 + (row * target.1) as u64, row_bytes);
         }
+    }
+
+    fn can_put_aside(&self) -> bool {
+        true
+    }
+
+    fn host_copy(&self, bytes: usize) -> Result<Box<dyn HostCopy>> {
+        let (memory, failure) = (Arc::clone(&self.memory), Arc::clone(&self.failure));
+        Ok(Box::new(LateCopy { bytes: vec![0; bytes], pending: None, memory, failure }))
     }
 
     fn fill(&self, address: u64, byte: u8, bytes: usize) {

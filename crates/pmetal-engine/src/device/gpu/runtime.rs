@@ -48,6 +48,17 @@ pub(crate) trait Runtime: Send + Sync {
     /// Copies `rows` rows; source and target are an address and a pitch in bytes.
     fn copy_rows(&self, source: (u64, usize), target: (u64, usize), row_bytes: usize, rows: usize);
 
+    /// Whether [`Self::host_copy`] gives memory.
+    fn can_put_aside(&self) -> bool {
+        false
+    }
+
+    /// Host memory of so many bytes that the device copies to and from beside its other work.
+    ///
+    /// # Errors
+    /// [`crate::Error::Driver`] where there is none.
+    fn host_copy(&self, bytes: usize) -> Result<Box<dyn HostCopy>>;
+
     /// Sets every byte.
     fn fill(&self, address: u64, byte: u8, bytes: usize);
 
@@ -89,6 +100,19 @@ pub(crate) trait Runtime: Send + Sync {
     /// # Errors
     /// [`crate::Error::Driver`] with the first failure so far.
     fn synchronize(&self) -> Result<()>;
+}
+
+/// Host memory that a device copies to and from on a stream of its own. Dropping it is a [`Self::join`]. Allowed while work
+/// is recorded; a replay copies to and from the same memory.
+pub(crate) trait HostCopy {
+    /// Starts to copy from the device, behind all work so far. The source must stay as it is until [`Self::join`].
+    fn store(&mut self, address: u64);
+
+    /// Starts to copy to the device, behind all work so far. Nobody may use the target until [`Self::join`].
+    fn fetch(&mut self, address: u64);
+
+    /// Lets the device's work from here on wait for the copy that was started.
+    fn join(&mut self);
 }
 
 /// Recorded work.

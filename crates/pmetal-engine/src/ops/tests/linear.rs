@@ -98,7 +98,12 @@ impl Case {
         let x = input(&tape, self.wanted[0], tensor(device, self.dtype, &x_shape, &values[0]));
         let residual = self.present[5]
             .then(|| input(&tape, self.wanted[5], tensor(device, self.dtype, &y_shape, &values[5])));
-        let options = LinearOptions { residual: residual.as_ref(), scale: self.scale, dropout: Some(SOURCE) };
+        let options = LinearOptions {
+            residual: residual.as_ref(),
+            scale: self.scale,
+            dropout: Some(SOURCE),
+            ..Default::default()
+        };
         let y = ops::linear(&tape, &x, &layer, options).unwrap();
         assert_eq!(y.tensor().shape(), y_shape);
         let result = wide(y.tensor());
@@ -344,7 +349,7 @@ fn a_probability_of_zero_or_no_source_turns_dropout_off() {
     let tape = Tape::off();
     let x = Var::constant(tensor(&device, DType::F32, &[3, 7], &values[0]));
     let residual = Var::constant(tensor(&device, DType::F32, &[3, 5], &values[5]));
-    let options = LinearOptions { residual: Some(&residual), scale: case.scale, dropout: None };
+    let options = LinearOptions { residual: Some(&residual), scale: case.scale, ..Default::default() };
     let outside_training = ops::linear(&tape, &x, &case.layer(&device, &values), options).unwrap();
     assert_eq!(wide(outside_training.tensor()), plain.0);
 }

@@ -10,7 +10,7 @@ use crate::device::{
 };
 use crate::error::{Error, Result};
 use crate::ops::{self, Dropout, Linear, LinearOptions, Lora, RopeTable};
-use crate::reference;
+use crate::{Recompute, reference};
 
 const ATTENTION: AttentionParameters = AttentionParameters {
     query_heads: 4,
@@ -126,7 +126,8 @@ impl Block {
     }
 
     fn linear(&self, tape: &Tape, x: &Var, index: usize, residual: Option<&Var>) -> Result<Var> {
-        let options = LinearOptions { residual, scale: 1.0, dropout: self.dropout };
+        let ends_block = index + 1 == SHAPES.len();
+        let options = LinearOptions { residual, scale: 1.0, dropout: self.dropout, ends_block };
         ops::linear(tape, x, &self.linears[index], options)
     }
 
@@ -184,7 +185,7 @@ struct Setup {
     dtype: DType,
     trained: Trained,
     dropout: Option<Dropout>,
-    checkpoint: bool,
+    recompute: Recompute,
     /// Whether the input's gradient is wanted.
     leaf: bool,
 }
@@ -193,7 +194,7 @@ const SETUP: Setup = Setup {
     dtype: DType::F32,
     trained: Trained::Adapters,
     dropout: Some(Dropout { seed: 4, step: 2 }),
-    checkpoint: false,
+    recompute: Recompute::Cheap,
     leaf: true,
 };
 
@@ -206,11 +207,14 @@ fn run(device: &Device, setup: &Setup, passes: usize) -> Outcome {
     let d_y = d_y.copy(Category::Activations).unwrap();
     let mut outcome = None;
     for _ in 0..passes {
-        let tape = Tape::recording();
+        let tape = match setup.recompute {
+            Recompute::None => Tape::keeping_all(),
+            _ => Tape::recording(),
+        };
         let leaf = input(&tape, setup.leaf, x.clone());
         let mut y = leaf.clone();
         for block in &blocks {
-            y = if setup.checkpoint {
+            y = if setup.recompute == Recompute::Full {
                 let block = Rc::clone(block);
                 tape.checkpoint(y, move |tape, x| block.forward(tape, &x)).unwrap()
             } else {
@@ -252,19 +256,26 @@ fn gradients_of_two_blocks_agree_with_the_reference() {
 }
 
 #[test]
-fn checkpoints_give_the_same_bits_and_keep_the_inputs_of_blocks_alone() {
+fn every_level_of_recomputation_gives_the_same_bits_and_keeps_what_it_says() {
     for dtype in [DType::F32, DType::Bf16] {
         for trained in [Trained::Adapters, Trained::Everything] {
             for leaf in [false, true] {
                 let plain = Setup { dtype, trained, leaf, ..SETUP };
                 let device = Device::cpu();
-                let everything = run(&device, &plain, 1);
+                let cheap = run(&device, &plain, 1);
                 let device = Device::cpu();
-                let checkpointed = run(&device, &Setup { checkpoint: true, ..plain }, 1);
-                assert!(gradient_bits(&everything) == gradient_bits(&checkpointed), "{dtype} leaf {leaf}");
+                let full = run(&device, &Setup { recompute: Recompute::Full, ..plain }, 1);
+                let device = Device::cpu();
+                let everything = run(&device, &Setup { recompute: Recompute::None, ..plain }, 1);
+                for other in [&full, &everything] {
+                    assert!(gradient_bits(&cheap) == gradient_bits(other), "{dtype} leaf {leaf}");
+                }
                 // Results of both blocks; the input is counted among the weights here.
-                assert_eq!(checkpointed.kept_bytes, 2 * TOKENS * WIDTH * dtype.bytes());
-                assert!(everything.kept_bytes > 5 * checkpointed.kept_bytes);
+                assert_eq!(full.kept_bytes, 2 * TOKENS * WIDTH * dtype.bytes());
+                assert!(cheap.kept_bytes > 5 * full.kept_bytes);
+                // Two norms and a gated product of each block.
+                let again = 2 * TOKENS * (2 * WIDTH + INNER) * dtype.bytes();
+                assert_eq!(everything.kept_bytes, cheap.kept_bytes + again);
             }
         }
     }

@@ -259,6 +259,7 @@ fn other_value(field: &Field) -> String {
         Value::List(_) => "a \"quoted\" one, back\\slash".to_owned(),
         Value::Text(_) => match field.kind().strip_prefix("one of ") {
             Some(choices) => {
+                let choices = choices.split(" (").next().unwrap();
                 let default = format!("\"{}\"", choices.rsplit(", ").next().unwrap());
                 let count = usize::from(default == field.default_text());
                 choices.rsplit(", ").nth(count).unwrap().to_owned()
@@ -338,6 +339,21 @@ fn a_resume_diff_shows_old_and_new_values() {
                     - save_every = 0\n+ save_every = 5 # allowed\n";
     assert_eq!(old.diff_for_resume(&new).to_string(), expected);
     assert_eq!(old.diff_for_resume(&old), ResumeDiff::default());
+}
+
+#[test]
+fn levels_of_checkpointing_have_names_and_the_booleans_of_earlier_versions() {
+    let level = |text: &str| read("a.toml", text).map(|resolved| resolved.config().gradient_checkpointing);
+    let levels = [Recompute::None, Recompute::Cheap, Recompute::Full];
+    for (text, expected) in ["'none'", "'cheap'", "'full'"].into_iter().zip(levels) {
+        assert_eq!(level(&format!("gradient_checkpointing = {text}")).unwrap(), expected);
+    }
+    for (text, expected) in [("true", Recompute::Full), ("false", Recompute::None)] {
+        assert_eq!(level(&format!("use_gradient_checkpointing = {text}")).unwrap(), expected);
+        assert_eq!(Recompute::from_text(text), Ok(expected));
+    }
+    assert_eq!(level("").unwrap(), Recompute::Cheap);
+    assert!(level("gradient_checkpointing = 1").unwrap_err().contains("needs one of none, cheap, full"));
 }
 
 #[test]

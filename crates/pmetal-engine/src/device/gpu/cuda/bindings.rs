@@ -59,6 +59,7 @@ functions!(Driver {
     cuStreamCreate(*mut Handle, u32) -> i32;
     cuStreamDestroy_v2(Handle) -> i32;
     cuStreamSynchronize(Handle) -> i32;
+    cuStreamWaitEvent(Handle, Handle, u32) -> i32;
     cuMemAlloc_v2(*mut u64, usize) -> i32;
     cuMemFree_v2(u64) -> i32;
     cuMemAllocHost_v2(*mut *mut c_void, usize) -> i32;

@@ -10,6 +10,7 @@ mod graph;
 mod pool;
 mod problem;
 mod profile;
+mod side;
 mod staging;
 mod stream;
 mod tensor_map;
@@ -29,7 +30,7 @@ pub(crate) use pool::PoolReport;
 #[cfg(test)]
 pub(crate) use staging::{Event, PinnedBuffer};
 
-use super::runtime::{Argument, DeviceFacts, Gemm, Launch, ModuleText, Replay, Runtime};
+use super::runtime::{Argument, DeviceFacts, Gemm, HostCopy, Launch, ModuleText, Replay, Runtime};
 use crate::DType;
 use crate::device::KernelTime;
 use crate::error::{Error, Result};
@@ -40,6 +41,7 @@ use gemm::Products;
 use graph::PrivateMemory;
 use pool::Pool;
 use profile::Profile;
+use side::Side;
 use staging::Staging;
 use stream::{DriverMemory, Stream, failed, lock};
 
@@ -80,6 +82,7 @@ pub(crate) struct Cuda {
     modules: Mutex<Modules>,
     products: Mutex<Option<Products>>,
     staging: Mutex<Staging>,
+    side: Mutex<Option<Arc<Side>>>,
     capture: Mutex<Option<PrivateMemory>>,
     profile: Mutex<Option<Profile>>,
     pool: Arc<Mutex<Pool<DriverMemory>>>,
@@ -104,6 +107,7 @@ impl Cuda {
             modules: Mutex::new(Modules::new(&stream, cache.clone())?),
             products: Mutex::new(None),
             staging: Mutex::new(Staging::new(&stream)),
+            side: Mutex::new(None),
             capture: Mutex::new(None),
             profile: Mutex::new(None),
             pool: Arc::new(Mutex::new(Pool::new(DriverMemory(stream.clone())))),
@@ -508,6 +512,19 @@ impl Runtime for Cuda {
         let status =
             unsafe { (self.stream.driver().cuMemcpy2DAsync_v2)(&raw const copy, self.stream.handle) };
         self.stream.keep_status("copying rows on the device", status);
+    }
+
+    fn can_put_aside(&self) -> bool {
+        true
+    }
+
+    fn host_copy(&self, bytes: usize) -> Result<Box<dyn HostCopy>> {
+        let mut side = lock(&self.side);
+        let side = match &mut *side {
+            Some(side) => side,
+            none => none.insert(Arc::new(Side::open(&self.stream)?)),
+        };
+        Ok(Box::new(side.copy(bytes)?))
     }
 
     fn fill(&self, address: u64, byte: u8, bytes: usize) {

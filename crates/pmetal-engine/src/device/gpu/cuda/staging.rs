@@ -28,6 +28,15 @@ unsafe impl Send for PinnedBuffer {}
 unsafe impl Sync for PinnedBuffer {}
 
 impl PinnedBuffer {
+    pub(super) fn len(&self) -> usize {
+        self.bytes
+    }
+
+    /// Where the device copies to.
+    pub(super) fn pointer(&self) -> *mut c_void {
+        self.pointer.cast()
+    }
+
     pub(super) fn new(stream: &Arc<Stream>, bytes: usize) -> Result<Self> {
         let mut pointer = std::ptr::null_mut::<c_void>();
         // SAFETY: the call writes one pointer.
@@ -79,9 +88,21 @@ impl Event {
 
     /// Moves the event behind all work so far.
     pub(crate) fn record(&self) {
-        // SAFETY: event and stream are alive.
-        let status = unsafe { (self.stream.driver().cuEventRecord)(self.handle, self.stream.handle) };
+        self.record_on(self.stream.handle);
+    }
+
+    /// [`Self::record`] of another stream's work.
+    pub(super) fn record_on(&self, stream: Handle) {
+        // SAFETY: the event is alive, and so is the stream, which the caller has.
+        let status = unsafe { (self.stream.driver().cuEventRecord)(self.handle, stream) };
         self.stream.keep_status("cuEventRecord", status);
+    }
+
+    /// Lets work that a stream is given from here on wait for the event.
+    pub(super) fn hold_back(&self, stream: Handle) {
+        // SAFETY: as above; zero is the only flag.
+        let status = unsafe { (self.stream.driver().cuStreamWaitEvent)(stream, self.handle, 0) };
+        self.stream.keep_status("cuStreamWaitEvent", status);
     }
 
     /// Waits until the device has passed the event.

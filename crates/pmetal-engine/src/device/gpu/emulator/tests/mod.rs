@@ -2,6 +2,7 @@
 
 mod attention;
 mod groups;
+mod levels;
 mod rows;
 mod runner;
 mod steps;
