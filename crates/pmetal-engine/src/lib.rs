@@ -18,6 +18,8 @@ pub mod random;
 mod reference;
 pub mod tape;
 pub mod tensor;
+#[cfg(test)]
+mod testing;
 
 pub use device::Device;
 pub use dtype::DType;

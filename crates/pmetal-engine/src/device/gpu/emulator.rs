@@ -41,7 +41,7 @@ fn failed(call: impl Into<String>, reason: impl Into<String>) -> Error {
 }
 
 /// Whether there is a compiler to build kernels with, and fibres to run them.
-pub(super) fn has_compiler() -> bool {
+pub(crate) fn has_compiler() -> bool {
     cfg!(unix) && Command::new("c++").arg("--version").output().is_ok_and(|output| output.status.success())
 }
 
@@ -59,7 +59,7 @@ struct HostLaunch {
 type Entry = unsafe extern "C" fn(*const HostLaunch) -> *const c_char;
 
 /// The host as a device. Work is done when it is asked for.
-pub(super) struct Emulator {
+pub(crate) struct Emulator {
     seed: u64,
     launches: AtomicU64,
     /// Sizes of what is allocated.
@@ -69,7 +69,7 @@ pub(super) struct Emulator {
 
 impl Emulator {
     /// A device whose threads and groups run in an order that the seed decides.
-    pub(super) fn new(seed: u64) -> Self {
+    pub(crate) fn new(seed: u64) -> Self {
         Self { seed, launches: AtomicU64::new(0), memory: Mutex::default(), failure: Mutex::default() }
     }
 

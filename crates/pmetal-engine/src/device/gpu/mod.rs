@@ -7,7 +7,7 @@
 mod attention;
 pub(crate) mod cuda;
 #[cfg(test)]
-mod emulator;
+pub(crate) mod emulator;
 mod launch;
 mod optimizer;
 mod products;

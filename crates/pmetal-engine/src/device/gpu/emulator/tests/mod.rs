@@ -12,6 +12,7 @@ use half::{bf16, f16};
 
 use super::*;
 use crate::memory::Category;
+use crate::testing::emulator as emulated;
 use crate::{DType, Device, Tensor};
 
 /// Widths that fill vectors, SIMD groups and rows of a group, and that do not.
@@ -19,15 +20,6 @@ const WIDTHS: [usize; 6] = [1, 7, 33, 64, 100, 513];
 const TYPES: [DType; 3] = [DType::F32, DType::Bf16, DType::F16];
 /// Columns between rows: none, odd, and as many as keep rows aligned.
 const PADDINGS: [usize; 3] = [0, 3, 8];
-
-/// A device whose order of threads the seed decides; `None` where there is no compiler.
-fn emulated(seed: u64) -> Option<Device> {
-    if has_compiler() {
-        return Some(Device::gpu(Arc::new(Emulator::new(seed))));
-    }
-    println!("skipped: no C++ compiler");
-    None
-}
 
 fn round(value: f32, dtype: DType) -> f32 {
     match dtype {
