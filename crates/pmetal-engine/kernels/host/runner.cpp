@@ -235,16 +235,17 @@ template <> struct HostArgument<float> {
 };
 
 template <typename... P> struct HostCall {
-    template <size_t... I> static void spread(void (*kernel)(P...), const ulong64* bits, std::index_sequence<I...>) {
-        kernel(HostArgument<P>::get(bits[I])...);
+    typedef void Kernel(HostPosition, P...);
+    template <size_t... I> static void spread(Kernel* kernel, const ulong64* bits, std::index_sequence<I...>) {
+        kernel(HostPosition(), HostArgument<P>::get(bits[I])...);
     }
     static void call(void (*kernel)(), const ulong64* bits) {
-        spread((void (*)(P...))kernel, bits, std::index_sequence_for<P...>());
+        spread((Kernel*)kernel, bits, std::index_sequence_for<P...>());
     }
 };
 
 // Runs a kernel; null, or what went wrong.
-template <typename... P> static const char* host_run(void (*kernel)(P...), const HostLaunch* launch) {
+template <typename... P> static const char* host_run(void (*kernel)(HostPosition, P...), const HostLaunch* launch) {
     const char kinds[] = {HostArgument<P>::kind..., 0};
     if (launch->count != sizeof...(P) || memcmp(kinds, launch->kinds, sizeof...(P)) != 0) {
         snprintf(

@@ -8,27 +8,27 @@ static FAULTY: ModuleText = ModuleText {
         "",
         include_str!("../../../../../kernels/common.cpp"),
         "
-KERNEL(half_returns)(GLOBAL float* out) {
+KERNEL(half_returns)(GIVEN_POSITION GLOBAL float* out) {
     if (THREAD >= 32) return;
     BARRIER();
     out[THREAD] = 1.0f;
 }
-KERNEL(lane_is_missing)(GLOBAL float* out) {
+KERNEL(lane_is_missing)(GIVEN_POSITION GLOBAL float* out) {
     if (THREAD == 5) return;
     out[THREAD] = simd_sum(1.0f);
 }
-KERNEL(misaligned)(GLOBAL float* out) { store_eight(load_eight(out + THREAD), out); }
-KERNEL(shared_is_fresh)(GLOBAL float* out) {
+KERNEL(misaligned)(GIVEN_POSITION GLOBAL float* out) { store_eight(load_eight(out + THREAD), out); }
+KERNEL(shared_is_fresh)(GIVEN_POSITION GLOBAL float* out) {
     SHARED float scratch[64];
     out[GROUP_X * THREADS + THREAD] = scratch[THREAD];
     scratch[THREAD] = 1.0f;
 }
-KERNEL(unordered)(GLOBAL float* out) {
+KERNEL(unordered)(GIVEN_POSITION GLOBAL float* out) {
     SHARED float scratch[2];
     if (THREAD % 32 == 0) scratch[THREAD / 32] = 1.0f;
     if (THREAD == 0) out[GROUP_X] = scratch[1];
 }
-KERNEL(used_again)(GLOBAL float* out) {
+KERNEL(used_again)(GIVEN_POSITION GLOBAL float* out) {
     SHARED float scratch[2];
     if (THREAD % 32 == 0) scratch[THREAD / 32] = 1.0f;
     BARRIER();
@@ -36,13 +36,13 @@ KERNEL(used_again)(GLOBAL float* out) {
     if (THREAD % 32 == 0) scratch[THREAD / 32] = 2.0f;
     if (THREAD == 0) out[GROUP_X] = other;
 }
-KERNEL(shared_by_both)(GLOBAL float* out) {
+KERNEL(shared_by_both)(GIVEN_POSITION GLOBAL float* out) {
     SHARED float scratch[1];
     if (THREAD == 0 || THREAD == 32) scratch[0] = (float)THREAD;
     float nothing = simd_sum(0.0f);
     if (THREAD == 0) out[GROUP_X] = scratch[0] + nothing;
 }
-KERNEL(rounds)(const GLOBAL float* x, GLOBAL bf16* low, GLOBAL f16* half, GLOBAL float* back) {
+KERNEL(rounds)(GIVEN_POSITION const GLOBAL float* x, GLOBAL bf16* low, GLOBAL f16* half, GLOBAL float* back) {
     uint i = GROUP_X * THREADS + THREAD;
     narrow(x[i], low + i);
     narrow(x[i], half + i);
