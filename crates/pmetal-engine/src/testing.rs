@@ -4,10 +4,9 @@
 //! it. What is not there is said by name, and counted by `missing_devices_are_named_and_their_tests_are_counted`.
 
 use std::io::Write;
-use std::sync::Arc;
 
 use crate::Device;
-use crate::device::gpu::emulator::{Emulator, has_compiler};
+use crate::device::gpu::emulator::has_compiler;
 
 /// Makes tests `NAME::cpu`, `NAME::emulator` and `NAME::cuda` of functions that take a device.
 macro_rules! on_every_device {
@@ -38,11 +37,11 @@ pub(crate) use on_every_device;
 
 /// A device whose order of threads the seed decides; `None` where there is no compiler.
 pub(crate) fn emulator(seed: u64) -> Option<Device> {
-    if has_compiler() {
-        return Some(Device::gpu(Arc::new(Emulator::new(seed))));
+    let device = Device::emulator(seed);
+    if device.is_none() {
+        println!("skipped: no C++ compiler");
     }
-    println!("skipped: no C++ compiler");
-    None
+    device
 }
 
 /// The first NVIDIA GPU; `None`, and a line that names the test, where there is none.

@@ -6,7 +6,7 @@
 
 mod attention;
 pub(crate) mod cuda;
-#[cfg(test)]
+#[cfg(any(test, feature = "emulator"))]
 pub(crate) mod emulator;
 mod launch;
 mod optimizer;

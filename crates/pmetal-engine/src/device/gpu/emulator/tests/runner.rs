@@ -107,7 +107,8 @@ fn what_lacks_a_barrier_depends_on_the_seed() {
         return println!("skipped: no C++ compiler");
     }
     // Read too early; written again too early; written by another between a write and its read.
-    let cases: [(&str, fn(f32) -> bool, _); 3] = [
+    type IsMissed = fn(f32) -> bool;
+    let cases: [(_, IsMissed, _); 3] = [
         ("unordered", f32::is_nan, 30..70),
         ("used_again", |value| value == 2.0, 30..70),
         ("shared_by_both", |value| value == 32.0, 10..40),
