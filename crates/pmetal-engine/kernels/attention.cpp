@@ -14,7 +14,7 @@
 
 struct Lane { float v[LANE_WIDTH]; };
 
-DEVICE Lane load_lane(const GLOBAL ELEMENT* p, uint width) {
+DEVICE Lane load_lane(POSITION const GLOBAL ELEMENT* p, uint width) {
     Lane out;
     for (uint j = 0; j < LANE_WIDTH; ++j) {
         uint i = j * 32 + THREAD;
@@ -23,7 +23,7 @@ DEVICE Lane load_lane(const GLOBAL ELEMENT* p, uint width) {
     return out;
 }
 
-DEVICE void store_lane(Lane x, GLOBAL ELEMENT* p, uint width) {
+DEVICE void store_lane(POSITION Lane x, GLOBAL ELEMENT* p, uint width) {
     for (uint j = 0; j < LANE_WIDTH; ++j) {
         uint i = j * 32 + THREAD;
         if (i < width) narrow(x.v[j], p + i);
@@ -43,7 +43,7 @@ DEVICE Lane zero_lane() {
 }
 
 // The score of a pair, and its derivative by the plain product.
-DEVICE float score(float product, float scale, float cap, float& slope) {
+DEVICE float score(float product, float scale, float cap, LOCAL float& slope) {
     float x = product * scale;
     slope = scale;
     if (cap <= 0.0f) return x;
@@ -52,13 +52,13 @@ DEVICE float score(float product, float scale, float cap, float& slope) {
     return cap * t;
 }
 
-KERNEL(attention_forward)(
+KERNEL(attention_forward)(GIVEN_POSITION
     const GLOBAL ELEMENT* q, const GLOBAL ELEMENT* k, const GLOBAL ELEMENT* v, GLOBAL ELEMENT* out,
     GLOBAL float* log_sums, const GLOBAL int* key_begin, const GLOBAL int* key_end, const GLOBAL float* sinks,
     SCALAR(uint, group), SCALAR(uint, width), SCALAR(uint, value_width), SCALAR(uint, q_pitch), SCALAR(uint, k_pitch),
     SCALAR(uint, v_pitch), SCALAR(uint, out_pitch), SCALAR(float, scale), SCALAR(float, cap)) {
     uint t = GROUP_X, head = GROUP_Y, heads = GROUPS_Y;
-    Lane query = load_lane(q + (ulong64)t * q_pitch + head * width, width), sum = zero_lane();
+    Lane query = load_lane(HERE q + (ulong64)t * q_pitch + head * width, width), sum = zero_lane();
     k += (head / group) * width;
     v += (head / group) * value_width;
     float top = -INFINITE, total = 0.0f, slope;
@@ -67,52 +67,52 @@ KERNEL(attention_forward)(
         total = 1.0f;
     }
     for (int j = key_begin[t]; j < key_end[t]; ++j) {
-        float s = score(dot(query, load_lane(k + (ulong64)j * k_pitch, width)), scale, cap, slope);
+        float s = score(dot(query, load_lane(HERE k + (ulong64)j * k_pitch, width)), scale, cap, slope);
         float higher = maximum(top, s), keep = exponential(top - higher), p = exponential(s - higher);
-        Lane value = load_lane(v + (ulong64)j * v_pitch, value_width);
+        Lane value = load_lane(HERE v + (ulong64)j * v_pitch, value_width);
         for (uint i = 0; i < LANE_WIDTH; ++i) sum.v[i] = sum.v[i] * keep + p * value.v[i];
         total = total * keep + p;
         top = higher;
     }
     float share = total > 0.0f || total != total ? 1.0f / total : 0.0f;
     for (uint i = 0; i < LANE_WIDTH; ++i) sum.v[i] *= share;
-    store_lane(sum, out + (ulong64)t * out_pitch + head * value_width, value_width);
+    store_lane(HERE sum, out + (ulong64)t * out_pitch + head * value_width, value_width);
     if (THREAD == 0) log_sums[t * heads + head] = total == 0.0f ? -INFINITE : top + logarithm(total);
 }
 
-KERNEL(attention_delta)(
+KERNEL(attention_delta)(GIVEN_POSITION
     const GLOBAL ELEMENT* out, const GLOBAL ELEMENT* d_out, GLOBAL float* deltas, SCALAR(uint, value_width),
     SCALAR(uint, out_pitch), SCALAR(uint, d_out_pitch)) {
     uint t = GROUP_X, head = GROUP_Y;
-    Lane a = load_lane(out + (ulong64)t * out_pitch + head * value_width, value_width);
-    Lane b = load_lane(d_out + (ulong64)t * d_out_pitch + head * value_width, value_width);
+    Lane a = load_lane(HERE out + (ulong64)t * out_pitch + head * value_width, value_width);
+    Lane b = load_lane(HERE d_out + (ulong64)t * d_out_pitch + head * value_width, value_width);
     float delta = dot(a, b);
     if (THREAD == 0) deltas[t * GROUPS_Y + head] = delta;
 }
 
-KERNEL(attention_d_query)(
+KERNEL(attention_d_query)(GIVEN_POSITION
     const GLOBAL ELEMENT* q, const GLOBAL ELEMENT* k, const GLOBAL ELEMENT* v, const GLOBAL ELEMENT* d_out,
     const GLOBAL float* log_sums, const GLOBAL float* deltas, const GLOBAL int* key_begin, const GLOBAL int* key_end,
     GLOBAL ELEMENT* d_q, SCALAR(uint, group), SCALAR(uint, width), SCALAR(uint, value_width), SCALAR(uint, q_pitch),
     SCALAR(uint, k_pitch), SCALAR(uint, v_pitch), SCALAR(uint, d_out_pitch), SCALAR(uint, d_q_pitch),
     SCALAR(float, scale), SCALAR(float, cap)) {
     uint t = GROUP_X, head = GROUP_Y, row = t * GROUPS_Y + head;
-    Lane query = load_lane(q + (ulong64)t * q_pitch + head * width, width), sum = zero_lane();
-    Lane slope_out = load_lane(d_out + (ulong64)t * d_out_pitch + head * value_width, value_width);
+    Lane query = load_lane(HERE q + (ulong64)t * q_pitch + head * width, width), sum = zero_lane();
+    Lane slope_out = load_lane(HERE d_out + (ulong64)t * d_out_pitch + head * value_width, value_width);
     k += (head / group) * width;
     v += (head / group) * value_width;
     float slope;
     for (int j = key_begin[t]; j < key_end[t]; ++j) {
-        Lane key = load_lane(k + (ulong64)j * k_pitch, width);
+        Lane key = load_lane(HERE k + (ulong64)j * k_pitch, width);
         float p = exponential(score(dot(query, key), scale, cap, slope) - log_sums[row]);
-        float d_p = dot(slope_out, load_lane(v + (ulong64)j * v_pitch, value_width));
+        float d_p = dot(slope_out, load_lane(HERE v + (ulong64)j * v_pitch, value_width));
         float d_s = p * (d_p - deltas[row]) * slope;
         for (uint i = 0; i < LANE_WIDTH; ++i) sum.v[i] += d_s * key.v[i];
     }
-    store_lane(sum, d_q + (ulong64)t * d_q_pitch + head * width, width);
+    store_lane(HERE sum, d_q + (ulong64)t * d_q_pitch + head * width, width);
 }
 
-KERNEL(attention_d_key)(
+KERNEL(attention_d_key)(GIVEN_POSITION
     const GLOBAL ELEMENT* q, const GLOBAL ELEMENT* k, const GLOBAL ELEMENT* v, const GLOBAL ELEMENT* d_out,
     const GLOBAL float* log_sums, const GLOBAL float* deltas, const GLOBAL int* key_begin, const GLOBAL int* key_end,
     const GLOBAL int* query_begin, const GLOBAL int* query_end, GLOBAL ELEMENT* d_k, GLOBAL ELEMENT* d_v,
@@ -121,14 +121,14 @@ KERNEL(attention_d_key)(
     SCALAR(float, scale), SCALAR(float, cap)) {
     int j = (int)GROUP_X;
     uint key_head = GROUP_Y, heads = GROUPS_Y * group;
-    Lane key = load_lane(k + (ulong64)j * k_pitch + key_head * width, width), key_sum = zero_lane();
-    Lane value = load_lane(v + (ulong64)j * v_pitch + key_head * value_width, value_width), value_sum = zero_lane();
+    Lane key = load_lane(HERE k + (ulong64)j * k_pitch + key_head * width, width), key_sum = zero_lane();
+    Lane value = load_lane(HERE v + (ulong64)j * v_pitch + key_head * value_width, value_width), value_sum = zero_lane();
     float slope;
     for (int t = query_begin[j]; t < query_end[j]; ++t) {
         if (j < key_begin[t] || j >= key_end[t]) continue;
         for (uint head = key_head * group; head < (key_head + 1) * group; ++head) {
-            Lane query = load_lane(q + (ulong64)t * q_pitch + head * width, width);
-            Lane slope_out = load_lane(d_out + (ulong64)t * d_out_pitch + head * value_width, value_width);
+            Lane query = load_lane(HERE q + (ulong64)t * q_pitch + head * width, width);
+            Lane slope_out = load_lane(HERE d_out + (ulong64)t * d_out_pitch + head * value_width, value_width);
             float p = exponential(score(dot(query, key), scale, cap, slope) - log_sums[t * heads + head]);
             float d_s = p * (dot(slope_out, value) - deltas[t * heads + head]) * slope;
             for (uint i = 0; i < LANE_WIDTH; ++i) {
@@ -137,11 +137,11 @@ KERNEL(attention_d_key)(
             }
         }
     }
-    store_lane(key_sum, d_k + (ulong64)j * d_k_pitch + key_head * width, width);
-    store_lane(value_sum, d_v + (ulong64)j * d_v_pitch + key_head * value_width, value_width);
+    store_lane(HERE key_sum, d_k + (ulong64)j * d_k_pitch + key_head * width, width);
+    store_lane(HERE value_sum, d_v + (ulong64)j * d_v_pitch + key_head * value_width, value_width);
 }
 
-KERNEL(attention_d_sinks)(
+KERNEL(attention_d_sinks)(GIVEN_POSITION
     const GLOBAL float* sinks, const GLOBAL float* log_sums, const GLOBAL float* deltas, GLOBAL float* d_sinks,
     SCALAR(uint, tokens)) {
     SHARED float scratch[32];
@@ -150,6 +150,6 @@ KERNEL(attention_d_sinks)(
     for (uint t = THREAD; t < tokens; t += THREADS) {
         sum -= exponential(sinks[head] - log_sums[t * heads + head]) * deltas[t * heads + head];
     }
-    sum = group_sum(sum, scratch);
+    sum = group_sum(HERE sum, scratch);
     if (THREAD == 0) d_sinks[head] += sum;
 }

@@ -13,7 +13,7 @@ DEVICE float simd_max(float x) {
 
 // Sum over a group of a multiple of 32 threads; every thread gets it. `scratch` holds 32 floats, free for the next use
 // after the caller's next barrier.
-DEVICE float group_sum(float x, SHARED_POINTER(float) scratch) {
+DEVICE float group_sum(POSITION float x, SHARED_POINTER(float) scratch) {
     x = simd_sum(x);
     if (THREADS <= 32) return x;
     BARRIER();
@@ -23,7 +23,7 @@ DEVICE float group_sum(float x, SHARED_POINTER(float) scratch) {
     return simd_sum(x);
 }
 
-DEVICE float group_max(float x, SHARED_POINTER(float) scratch) {
+DEVICE float group_max(POSITION float x, SHARED_POINTER(float) scratch) {
     x = simd_max(x);
     if (THREADS <= 32) return x;
     BARRIER();

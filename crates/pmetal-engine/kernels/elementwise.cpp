@@ -13,7 +13,7 @@
 // add_partial_sums   out f32 [columns] += factor * the sums of the parts in order: grid ceil(columns / 128), group 128
 
 DEVICE void move_row(
-    const GLOBAL SOURCE* x, GLOBAL ELEMENT* out, uint columns, float factor, bool accumulate) {
+    POSITION const GLOBAL SOURCE* x, GLOBAL ELEMENT* out, uint columns, float factor, bool accumulate) {
     uint start = (GROUP_Y * THREADS + THREAD) * 8;
 #if ALIGNED
     if (start < columns) {
@@ -33,32 +33,32 @@ DEVICE void move_row(
 #endif
 }
 
-KERNEL(convert_rows)(
+KERNEL(convert_rows)(GIVEN_POSITION
     const GLOBAL SOURCE* x, GLOBAL ELEMENT* out, SCALAR(uint, columns), SCALAR(uint, pitch), SCALAR(uint, out_pitch),
     SCALAR(float, factor), SCALAR(uint, accumulate)) {
     ulong64 row = GROUP_X;
-    move_row(x + row * pitch, out + row * out_pitch, columns, factor, accumulate != 0);
+    move_row(HERE x + row * pitch, out + row * out_pitch, columns, factor, accumulate != 0);
 }
 
-KERNEL(gather_rows)(
+KERNEL(gather_rows)(GIVEN_POSITION
     const GLOBAL SOURCE* x, const GLOBAL uint* indices, GLOBAL ELEMENT* out, SCALAR(uint, columns), SCALAR(uint, pitch),
     SCALAR(uint, out_pitch)) {
-    move_row(x + (ulong64)indices[GROUP_X] * pitch, out + (ulong64)GROUP_X * out_pitch, columns, 1.0f, false);
+    move_row(HERE x + (ulong64)indices[GROUP_X] * pitch, out + (ulong64)GROUP_X * out_pitch, columns, 1.0f, false);
 }
 
-KERNEL(scatter_rows)(
+KERNEL(scatter_rows)(GIVEN_POSITION
     const GLOBAL SOURCE* x, const GLOBAL uint* indices, GLOBAL ELEMENT* out, SCALAR(uint, columns), SCALAR(uint, pitch),
     SCALAR(uint, out_pitch)) {
-    move_row(x + (ulong64)GROUP_X * pitch, out + (ulong64)indices[GROUP_X] * out_pitch, columns, 1.0f, false);
+    move_row(HERE x + (ulong64)GROUP_X * pitch, out + (ulong64)indices[GROUP_X] * out_pitch, columns, 1.0f, false);
 }
 
-KERNEL(embedding)(
+KERNEL(embedding)(GIVEN_POSITION
     const GLOBAL SOURCE* table, const GLOBAL uint* ids, GLOBAL ELEMENT* out, SCALAR(uint, columns),
     SCALAR(uint, out_pitch), SCALAR(float, scale)) {
-    move_row(table + (ulong64)ids[GROUP_X] * columns, out + (ulong64)GROUP_X * out_pitch, columns, scale, false);
+    move_row(HERE table + (ulong64)ids[GROUP_X] * columns, out + (ulong64)GROUP_X * out_pitch, columns, scale, false);
 }
 
-KERNEL(embedding_gradient)(
+KERNEL(embedding_gradient)(GIVEN_POSITION
     const GLOBAL SOURCE* d_out, const GLOBAL uint* ids, GLOBAL float* table, SCALAR(uint, tokens), SCALAR(uint, columns),
     SCALAR(uint, pitch), SCALAR(float, scale), SCALAR(uint, skips), SCALAR(uint, skipped)) {
     uint token = GROUP_X, id = ids[token], column = GROUP_Y * THREADS + THREAD;
@@ -73,7 +73,7 @@ KERNEL(embedding_gradient)(
     table[(ulong64)id * columns + column] = sum;
 }
 
-KERNEL(sum_columns)(
+KERNEL(sum_columns)(GIVEN_POSITION
     const GLOBAL SOURCE* x, GLOBAL float* sums, SCALAR(uint, rows), SCALAR(uint, columns), SCALAR(uint, pitch)) {
     uint column = GROUP_X * THREADS + THREAD;
     if (column >= columns) return;
@@ -82,7 +82,7 @@ KERNEL(sum_columns)(
     sums[(ulong64)GROUP_Y * columns + column] = sum;
 }
 
-KERNEL(add_partial_sums)(
+KERNEL(add_partial_sums)(GIVEN_POSITION
     const GLOBAL float* sums, GLOBAL float* out, SCALAR(uint, parts), SCALAR(uint, columns), SCALAR(float, factor)) {
     uint column = GROUP_X * THREADS + THREAD;
     if (column >= columns) return;
@@ -92,7 +92,7 @@ KERNEL(add_partial_sums)(
 }
 
 // Four words of Philox4x32-10 (Salmon et al., SC 2011): a number is a function of seed, step, stream and its index alone.
-DEVICE void philox(ulong64 block, uint seed_low, uint seed_high, uint step, uint stream, uint* c) {
+DEVICE void philox(ulong64 block, uint seed_low, uint seed_high, uint step, uint stream, LOCAL uint* c) {
     uint k[2] = {seed_low, seed_high};
     c[0] = (uint)block;
     c[1] = (uint)(block >> 32);
@@ -111,7 +111,7 @@ DEVICE void philox(ulong64 block, uint seed_low, uint seed_high, uint step, uint
 }
 
 // out[i] = bound * (2 u - 1) with the i-th uniform number u, a multiple of 2^-24. Grid ceil(elements / 1024), group 256.
-KERNEL(uniform)(
+KERNEL(uniform)(GIVEN_POSITION
     GLOBAL ELEMENT* out, SCALAR(ulong64, elements), SCALAR(float, bound), SCALAR(uint, seed_low),
     SCALAR(uint, seed_high), SCALAR(uint, step), SCALAR(uint, stream)) {
     ulong64 block = (ulong64)GROUP_X * THREADS + THREAD;
@@ -125,7 +125,7 @@ KERNEL(uniform)(
 
 // Inverted dropout: element i is dropped when the upper 24 bits of its word are below the threshold. x and out are
 // contiguous; grid ceil(elements / 1024), group 256: four elements a thread.
-KERNEL(dropout)(
+KERNEL(dropout)(GIVEN_POSITION
     const GLOBAL SOURCE* x, GLOBAL ELEMENT* out, SCALAR(ulong64, elements), SCALAR(uint, threshold),
     SCALAR(float, factor), SCALAR(uint, seed_low), SCALAR(uint, seed_high), SCALAR(uint, step), SCALAR(uint, stream),
     SCALAR(uint, accumulate)) {

@@ -5,7 +5,7 @@
 // backward. ALIGNED: columns, pitches and addresses are multiples of 8 elements and 16 bytes.
 
 // activation(x) and its derivative.
-DEVICE void activate(float x, float& value, float& slope) {
+DEVICE void activate(float x, LOCAL float& value, LOCAL float& slope) {
 #if SILU
     float gate = 1.0f / (1.0f + exponential(-x));
     value = x * gate;
@@ -19,7 +19,7 @@ DEVICE void activate(float x, float& value, float& slope) {
 #endif
 }
 
-KERNEL(gated)(
+KERNEL(gated)(GIVEN_POSITION
     const GLOBAL ELEMENT* gate, const GLOBAL ELEMENT* up, GLOBAL ELEMENT* out, SCALAR(uint, columns),
     SCALAR(uint, gate_pitch), SCALAR(uint, up_pitch), SCALAR(uint, out_pitch)) {
     ulong64 row = GROUP_X;
@@ -45,7 +45,7 @@ KERNEL(gated)(
 #endif
 }
 
-KERNEL(gated_backward)(
+KERNEL(gated_backward)(GIVEN_POSITION
     const GLOBAL ELEMENT* gate, const GLOBAL ELEMENT* up, const GLOBAL ELEMENT* d_out, GLOBAL ELEMENT* d_gate,
     GLOBAL ELEMENT* d_up, SCALAR(uint, columns), SCALAR(uint, gate_pitch), SCALAR(uint, up_pitch),
     SCALAR(uint, d_out_pitch), SCALAR(uint, d_gate_pitch), SCALAR(uint, d_up_pitch)) {

@@ -19,7 +19,7 @@ DEVICE float slope_of(float x, float top, float share, bool is_label, float cap)
     return cap > 0.0f ? slope * (1.0f - (x / cap) * (x / cap)) : slope;
 }
 
-KERNEL(cross_entropy)(
+KERNEL(cross_entropy)(GIVEN_POSITION
     GLOBAL float* logits, const GLOBAL int* labels, GLOBAL float* losses, SCALAR(uint, columns),
     SCALAR(float, scale), SCALAR(float, cap), SCALAR(float, gradient_scale)) {
     SHARED float scratch[32];
@@ -57,9 +57,9 @@ KERNEL(cross_entropy)(
     }
 #endif
     // A NaN compares with nothing and stays in the sum; threads without elements hold minus infinity.
-    float top = group_max(largest, scratch);
+    float top = group_max(HERE largest, scratch);
     BARRIER();
-    sum = group_sum(largest == -INFINITE && sum == 0.0f ? 0.0f : sum * exponential(largest - top), scratch);
+    sum = group_sum(HERE largest == -INFINITE && sum == 0.0f ? 0.0f : sum * exponential(largest - top), scratch);
     float target = capped(logits[label], scale, cap);
     BARRIER();
     if (THREAD == 0) losses[GROUP_X] = logarithm(sum) + top - target;
@@ -88,10 +88,10 @@ KERNEL(cross_entropy)(
 #endif
 }
 
-KERNEL(add_rows)(const GLOBAL float* values, GLOBAL float* total, SCALAR(uint, count)) {
+KERNEL(add_rows)(GIVEN_POSITION const GLOBAL float* values, GLOBAL float* total, SCALAR(uint, count)) {
     SHARED float scratch[32];
     float sum = 0.0f;
     for (uint i = THREAD; i < count; i += THREADS) sum += values[i];
-    sum = group_sum(sum, scratch);
+    sum = group_sum(HERE sum, scratch);
     if (THREAD == 0) total[0] += sum;
 }

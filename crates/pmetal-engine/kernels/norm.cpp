@@ -15,7 +15,7 @@ DEVICE uint row_start(uint row, uint inner, uint pitch, uint width) {
     return (row / inner) * pitch + (row % inner) * width;
 }
 
-KERNEL(rms_norm)(
+KERNEL(rms_norm)(GIVEN_POSITION
     const GLOBAL ELEMENT* x, const GLOBAL WEIGHT* weight, GLOBAL ELEMENT* out, SCALAR(uint, width), SCALAR(uint, inner),
     SCALAR(uint, pitch), SCALAR(uint, out_pitch), SCALAR(float, epsilon), SCALAR(float, shift), SCALAR(uint, weighted)) {
     SHARED float scratch[32];
@@ -35,7 +35,7 @@ KERNEL(rms_norm)(
 #else
     for (uint i = THREAD; i < width; i += THREADS) squares += widen(x[i]) * widen(x[i]);
 #endif
-    float scale = 1.0f / square_root(group_sum(squares, scratch) / (float)width + epsilon);
+    float scale = 1.0f / square_root(group_sum(HERE squares, scratch) / (float)width + epsilon);
 #if ALIGNED
     UNROLL for (uint n = 0; n < VECTORS; ++n) {
         uint i = (n * THREADS + THREAD) * 8;
@@ -56,7 +56,7 @@ KERNEL(rms_norm)(
 #endif
 }
 
-KERNEL(rms_norm_backward)(
+KERNEL(rms_norm_backward)(GIVEN_POSITION
     const GLOBAL ELEMENT* x, const GLOBAL WEIGHT* weight, const GLOBAL ELEMENT* d_out, GLOBAL ELEMENT* d_x,
     SCALAR(uint, width), SCALAR(uint, inner), SCALAR(uint, pitch), SCALAR(uint, out_pitch), SCALAR(uint, d_pitch),
     SCALAR(float, epsilon), SCALAR(float, shift), SCALAR(uint, weighted), SCALAR(uint, accumulate)) {
@@ -91,9 +91,9 @@ KERNEL(rms_norm_backward)(
         product += a * widen(d_out[i]) * factor;
     }
 #endif
-    squares = group_sum(squares, scratch);
+    squares = group_sum(HERE squares, scratch);
     BARRIER();
-    product = group_sum(product, scratch);
+    product = group_sum(HERE product, scratch);
     float scale = 1.0f / square_root(squares / (float)width + epsilon);
     float back = product * scale * scale * scale / (float)width;
 #if ALIGNED
@@ -116,18 +116,18 @@ KERNEL(rms_norm_backward)(
 #endif
 }
 
-KERNEL(rms_scales)(
+KERNEL(rms_scales)(GIVEN_POSITION
     const GLOBAL ELEMENT* x, GLOBAL float* scales, SCALAR(uint, width), SCALAR(uint, inner), SCALAR(uint, pitch),
     SCALAR(float, epsilon)) {
     SHARED float scratch[32];
     x += row_start(GROUP_X, inner, pitch, width);
     float squares = 0.0f;
     for (uint i = THREAD; i < width; i += THREADS) squares += widen(x[i]) * widen(x[i]);
-    squares = group_sum(squares, scratch);
+    squares = group_sum(HERE squares, scratch);
     if (THREAD == 0) scales[GROUP_X] = 1.0f / square_root(squares / (float)width + epsilon);
 }
 
-KERNEL(norm_weight_sums)(
+KERNEL(norm_weight_sums)(GIVEN_POSITION
     const GLOBAL ELEMENT* x, const GLOBAL ELEMENT* d_out, const GLOBAL float* scales, GLOBAL float* sums,
     SCALAR(uint, rows), SCALAR(uint, width), SCALAR(uint, inner), SCALAR(uint, pitch), SCALAR(uint, out_pitch)) {
     uint column = GROUP_X * THREADS + THREAD;

@@ -18,7 +18,7 @@
 #define DECAYS 1
 #define VECTORS 2
 
-KERNEL(squares)(const GLOBAL ulong64* table, const GLOBAL uint* pieces, GLOBAL float* sums) {
+KERNEL(squares)(GIVEN_POSITION const GLOBAL ulong64* table, const GLOBAL uint* pieces, GLOBAL float* sums) {
     SHARED float scratch[32];
     const GLOBAL ulong64* entry = table + pieces[2 * GROUP_X] * ENTRY;
     const GLOBAL float* gradient = (const GLOBAL float*)entry[1];
@@ -33,15 +33,15 @@ KERNEL(squares)(const GLOBAL ulong64* table, const GLOBAL uint* pieces, GLOBAL f
     } else {
         for (ulong64 i = start + THREAD; i < end; i += THREADS) sum += gradient[i] * gradient[i];
     }
-    sum = group_sum(sum, scratch);
+    sum = group_sum(HERE sum, scratch);
     if (THREAD == 0) sums[GROUP_X] = sum;
 }
 
-KERNEL(add_squares)(const GLOBAL float* values, GLOBAL float* total, SCALAR(uint, count)) {
+KERNEL(add_squares)(GIVEN_POSITION const GLOBAL float* values, GLOBAL float* total, SCALAR(uint, count)) {
     SHARED float scratch[32];
     float sum = 0.0f;
     for (uint i = THREAD; i < count; i += THREADS) sum += values[i];
-    sum = group_sum(sum, scratch);
+    sum = group_sum(HERE sum, scratch);
     if (THREAD == 0) total[0] += sum;
 }
 
@@ -56,7 +56,7 @@ DEVICE Moments stepped(Moments old, float slope, float keep, const GLOBAL float*
     return now;
 }
 
-KERNEL(adamw)(
+KERNEL(adamw)(GIVEN_POSITION
     const GLOBAL ulong64* table, const GLOBAL uint* pieces, const GLOBAL float* control, const GLOBAL float* norm,
     SCALAR(uint, clips)) {
     const GLOBAL ulong64* entry = table + pieces[2 * GROUP_X] * ENTRY;

@@ -6,7 +6,7 @@
 // elements and 16 bytes) (T, ceil(heads * half / 1024)), group 128: eight pairs a thread. Bytes: the rotated part read and
 // written.
 
-KERNEL(rope)(
+KERNEL(rope)(GIVEN_POSITION
     GLOBAL ELEMENT* x, const GLOBAL float* cosines, const GLOBAL float* sines, const GLOBAL uint* rows,
     SCALAR(uint, heads), SCALAR(uint, width), SCALAR(uint, pitch), SCALAR(uint, half_width), SCALAR(float, direction)) {
     uint index = GROUP_Y * THREADS + THREAD, row = rows[GROUP_X];

@@ -7,6 +7,7 @@
 //! Letters in shapes: T tokens, D width, H query heads, K key/value heads, E head width, F feed-forward
 //! width, V vocabulary, R adapter rank, N output features.
 
+mod agreement;
 mod aside;
 pub mod device;
 pub mod dtype;
@@ -19,7 +20,10 @@ pub mod random;
 mod reference;
 pub mod tape;
 pub mod tensor;
+#[cfg(test)]
+mod testing;
 
+pub use agreement::{SelfTest, self_test};
 pub use device::Device;
 pub use dtype::DType;
 pub use error::{Error, Result};

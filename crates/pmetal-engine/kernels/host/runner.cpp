@@ -1,11 +1,44 @@
 // Runs kernels on the host: every thread of a group is a fibre, and a fibre runs until it comes to a barrier, a shuffle or
-// its end. Which one runs next is decided by a seed, so that what depends on the order of threads shows: a SIMD group may be
-// as far ahead of another as barriers let it. Compiled behind prelude/host.h and a module; one launch at a time.
+// its end. Which one runs next is decided by a seed, so that what depends on the order of threads shows. In half of the
+// groups a SIMD group runs as far ahead of another as barriers let it, so that a barrier is missed that is needed before
+// memory is used again; in the others SIMD groups take turns from shuffle to shuffle, so that one is missed without which
+// another writes between a write and its read. Compiled behind prelude/host.h and a module; one launch at a time.
 
 #include <stdlib.h>
-#include <ucontext.h>
 
 #include <utility>
+
+// A stack that can be left for another. On x86-64 by six instructions and the registers that a call preserves: the C
+// library's way asks the kernel for the mask of signals every time, which is ten times slower.
+#if defined(__x86_64__) && defined(__linux__)
+struct HostContext { void* stack; };
+extern "C" void host_switch(void** from, void* to);
+asm(".text\n.globl host_switch\n.hidden host_switch\n.type host_switch, @function\n"
+    "host_switch:\n"
+    "pushq %rbp\npushq %rbx\npushq %r12\npushq %r13\npushq %r14\npushq %r15\n"
+    "movq %rsp, (%rdi)\nmovq %rsi, %rsp\n"
+    "popq %r15\npopq %r14\npopq %r13\npopq %r12\npopq %rbx\npopq %rbp\nret\n"
+    ".size host_switch, .-host_switch\n");
+static void host_change(HostContext* from, HostContext* to) { host_switch(&from->stack, to->stack); }
+static void host_prepare(HostContext* context, char* stack, size_t bytes, void (*body)()) {
+    // Six registers, where to return to, and a word, so that the stack is aligned as after a call.
+    void** top = (void**)(((uintptr_t)stack + bytes) & ~(uintptr_t)15) - 8;
+    memset(top, 0, 64);
+    top[6] = (void*)body;
+    context->stack = top;
+}
+#else
+#include <ucontext.h>
+struct HostContext { ucontext_t state; };
+static void host_change(HostContext* from, HostContext* to) { swapcontext(&from->state, &to->state); }
+static void host_prepare(HostContext* context, char* stack, size_t bytes, void (*body)()) {
+    getcontext(&context->state);
+    context->state.uc_stack.ss_sp = stack;
+    context->state.uc_stack.ss_size = bytes;
+    context->state.uc_link = nullptr;
+    makecontext(&context->state, body, 0);
+}
+#endif
 
 #ifdef __APPLE__
 extern char host_shared_begin __asm("section$start$__DATA$kernel_shared");
@@ -32,7 +65,7 @@ enum HostState { HOST_READY, HOST_BARRIER, HOST_SHUFFLE, HOST_DONE };
 #define SIMD 32
 
 static struct {
-    ucontext_t scheduler, fibre[HOST_MOST_THREADS];
+    HostContext scheduler, fibre[HOST_MOST_THREADS];
     char* stacks;
     HostState state[HOST_MOST_THREADS];
     float shuffled[HOST_MOST_THREADS];
@@ -50,7 +83,7 @@ static uint host_random(uint limit) {
     host.random ^= host.random << 13;
     host.random ^= host.random >> 7;
     host.random ^= host.random << 17;
-    return (uint)((host.random >> 20) % limit);
+    return (uint)((host.random >> 32) * limit >> 32);
 }
 
 static void host_shuffle_order(uint* order, uint count) {
@@ -60,7 +93,7 @@ static void host_shuffle_order(uint* order, uint count) {
 static void host_wait(HostState state) {
     uint thread = host_place.thread;
     host.state[thread] = state;
-    swapcontext(&host.fibre[thread], &host.scheduler);
+    host_change(&host.fibre[thread], &host.scheduler);
 }
 
 static void host_barrier() { host_wait(HOST_BARRIER); }
@@ -97,12 +130,8 @@ static void host_fibre() {
 static void host_make_fibres(uint count) {
     if (!host.stacks) host.stacks = (char*)malloc((size_t)HOST_MOST_THREADS * HOST_STACK_BYTES);
     for (; host.made < count; ++host.made) {
-        ucontext_t* fibre = &host.fibre[host.made];
-        getcontext(fibre);
-        fibre->uc_stack.ss_sp = host.stacks + (size_t)host.made * HOST_STACK_BYTES;
-        fibre->uc_stack.ss_size = HOST_STACK_BYTES;
-        fibre->uc_link = nullptr;
-        makecontext(fibre, host_fibre, 0);
+        char* stack = host.stacks + (size_t)host.made * HOST_STACK_BYTES;
+        host_prepare(&host.fibre[host.made], stack, HOST_STACK_BYTES, host_fibre);
     }
 }
 
@@ -121,35 +150,35 @@ static void host_exchange(uint first, uint lanes) {
     }
 }
 
-// Runs a SIMD group until its lanes wait or are done.
-static void host_advance(uint first, uint lanes) {
-    uint order[SIMD], in_shuffle = lanes;
-    while (in_shuffle == lanes && !host.failed) {
-        for (uint lane = 0; lane < lanes; ++lane) order[lane] = first + lane;
-        host_shuffle_order(order, lanes);
-        for (uint i = 0; i < lanes && !host.failed; ++i) {
-            if (host.state[order[i]] != HOST_READY) continue;
-            host_place.thread = order[i];
-            swapcontext(&host.scheduler, &host.fibre[order[i]]);
-        }
-        in_shuffle = 0;
-        for (uint lane = 0; lane < lanes; ++lane) in_shuffle += host.state[first + lane] == HOST_SHUFFLE;
-        if (in_shuffle == lanes && !host.failed) host_exchange(first, lanes);
+// Runs a SIMD group until its lanes wait or are done; true when they have exchanged values and can go on.
+static bool host_advance(uint first, uint lanes) {
+    uint order[SIMD], in_shuffle = 0;
+    for (uint lane = 0; lane < lanes; ++lane) order[lane] = first + lane;
+    host_shuffle_order(order, lanes);
+    for (uint i = 0; i < lanes && !host.failed; ++i) {
+        if (host.state[order[i]] != HOST_READY) continue;
+        host_place.thread = order[i];
+        host_change(&host.scheduler, &host.fibre[order[i]]);
     }
-    for (uint lane = 0; in_shuffle > 0 && lane < lanes && !host.failed; ++lane) {
+    for (uint lane = 0; lane < lanes; ++lane) in_shuffle += host.state[first + lane] == HOST_SHUFFLE;
+    if (in_shuffle == lanes && !host.failed) host_exchange(first, lanes);
+    for (uint lane = 0; in_shuffle > 0 && in_shuffle < lanes && lane < lanes && !host.failed; ++lane) {
         if (host.state[first + lane] != HOST_SHUFFLE) host_say("it is not at the shuffle of its SIMD group", first + lane);
     }
+    return in_shuffle == lanes && !host.failed;
 }
 
 static void host_run_group(uint threads) {
     uint simd_groups = (threads + SIMD - 1) / SIMD, order[HOST_MOST_THREADS / SIMD];
     if (&host_shared_begin) memset(&host_shared_begin, 0xff, (size_t)(&host_shared_end - &host_shared_begin));
     for (uint i = 0; i < threads; ++i) host.state[i] = HOST_READY;
+    bool takes_turns = host_random(2);
     for (;;) {
         for (uint i = 0; i < simd_groups; ++i) order[i] = i * SIMD;
         host_shuffle_order(order, simd_groups);
-        for (uint i = 0; i < simd_groups && !host.failed; ++i) {
-            host_advance(order[i], threads - order[i] < SIMD ? threads - order[i] : SIMD);
+        for (uint left = simd_groups; left > 0 && !host.failed;) {
+            uint i = takes_turns ? host_random(left) : 0, first = order[i];
+            if (!host_advance(first, threads - first < SIMD ? threads - first : SIMD)) order[i] = order[--left];
         }
         uint done = 0, last = 0;
         for (uint i = 0; i < threads; ++i) {
@@ -206,16 +235,17 @@ template <> struct HostArgument<float> {
 };
 
 template <typename... P> struct HostCall {
-    template <size_t... I> static void spread(void (*kernel)(P...), const ulong64* bits, std::index_sequence<I...>) {
-        kernel(HostArgument<P>::get(bits[I])...);
+    typedef void Kernel(HostPosition, P...);
+    template <size_t... I> static void spread(Kernel* kernel, const ulong64* bits, std::index_sequence<I...>) {
+        kernel(HostPosition(), HostArgument<P>::get(bits[I])...);
     }
     static void call(void (*kernel)(), const ulong64* bits) {
-        spread((void (*)(P...))kernel, bits, std::index_sequence_for<P...>());
+        spread((Kernel*)kernel, bits, std::index_sequence_for<P...>());
     }
 };
 
 // Runs a kernel; null, or what went wrong.
-template <typename... P> static const char* host_run(void (*kernel)(P...), const HostLaunch* launch) {
+template <typename... P> static const char* host_run(void (*kernel)(HostPosition, P...), const HostLaunch* launch) {
     const char kinds[] = {HostArgument<P>::kind..., 0};
     if (launch->count != sizeof...(P) || memcmp(kinds, launch->kinds, sizeof...(P)) != 0) {
         snprintf(

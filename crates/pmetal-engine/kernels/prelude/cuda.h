@@ -2,6 +2,12 @@
 // A group is a block of threads along x, a SIMD group 32 of them.
 
 #define KERNEL(name) extern "C" __global__ void name
+// Where a thread is are parameters in Metal: a kernel is given them first, a function that asks takes them first (POSITION)
+// and is handed them first (HERE). What a function writes by reference is LOCAL.
+#define GIVEN_POSITION
+#define POSITION
+#define HERE
+#define LOCAL
 #define DEVICE __device__ __forceinline__
 #define GLOBAL
 #define SHARED __shared__

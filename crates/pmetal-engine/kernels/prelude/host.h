@@ -19,7 +19,15 @@ static void host_barrier();
 static float host_shuffle_xor(float x, uint mask);
 [[noreturn]] static void host_fault(const char* what);
 
+// Handed on like the parameters that Metal gives, so that a kernel that forgets to does not compile here either.
+struct HostPosition {};
+static inline const HostPlace& host_at(HostPosition) { return host_place; }
+
 #define KERNEL(name) static void name
+#define GIVEN_POSITION HostPosition here,
+#define POSITION HostPosition here,
+#define HERE here,
+#define LOCAL
 #define DEVICE static inline
 #define GLOBAL
 #ifdef __APPLE__
@@ -29,13 +37,13 @@ static float host_shuffle_xor(float x, uint mask);
 #endif
 #define SHARED_POINTER(type) type*
 #define SCALAR(type, name) type name
-#define THREAD (host_place.thread)
-#define THREADS (host_place.threads)
-#define GROUP_X (host_place.group[0])
-#define GROUP_Y (host_place.group[1])
-#define GROUP_Z (host_place.group[2])
-#define GROUPS_X (host_place.groups[0])
-#define GROUPS_Y (host_place.groups[1])
+#define THREAD (host_at(here).thread)
+#define THREADS (host_at(here).threads)
+#define GROUP_X (host_at(here).group[0])
+#define GROUP_Y (host_at(here).group[1])
+#define GROUP_Z (host_at(here).group[2])
+#define GROUPS_X (host_at(here).groups[0])
+#define GROUPS_Y (host_at(here).groups[1])
 #define BARRIER() host_barrier()
 #define UNROLL
 

@@ -3,10 +3,28 @@
 //! The bodies are written over fixed groups of [`LANES`] elements with explicit fused multiply-adds, so that
 //! every instruction set gives the same bits.
 
+use std::cell::Cell;
+
 use crate::device::cpu::gemm::SimdLevel;
 
 /// Elements that a reduction keeps apart, whatever the width of the registers.
 pub(crate) const LANES: usize = 16;
+
+thread_local! {
+    /// Whether this thread computes what others are compared with.
+    static IS_REFERENCE: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Threads on which every kernel is the loop that no instruction set was chosen for.
+pub(crate) fn reference_pool(threads: usize) -> Option<rayon::ThreadPool> {
+    let builder = rayon::ThreadPoolBuilder::new().num_threads(threads);
+    builder.start_handler(|_| IS_REFERENCE.set(true)).build().ok()
+}
+
+/// The instruction set that products and attention run on.
+pub(crate) fn level_of_products() -> SimdLevel {
+    if IS_REFERENCE.get() { SimdLevel::Portable } else { SimdLevel::current() }
+}
 
 /// The instruction set that [`multiversion`] functions run on.
 #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
@@ -15,7 +33,7 @@ pub(crate) fn level() -> SimdLevel {
     if let Some(level) = forced::level() {
         return level;
     }
-    SimdLevel::current()
+    level_of_products()
 }
 
 /// Lets a test run kernels on an instruction set of its choice.

@@ -4,6 +4,7 @@
 //! that a seed decides and reports those that miss a barrier.
 
 mod products;
+#[cfg(test)]
 mod tests;
 
 use std::alloc::Layout;
@@ -41,7 +42,7 @@ fn failed(call: impl Into<String>, reason: impl Into<String>) -> Error {
 }
 
 /// Whether there is a compiler to build kernels with, and fibres to run them.
-pub(super) fn has_compiler() -> bool {
+pub(crate) fn has_compiler() -> bool {
     cfg!(unix) && Command::new("c++").arg("--version").output().is_ok_and(|output| output.status.success())
 }
 
@@ -59,7 +60,7 @@ struct HostLaunch {
 type Entry = unsafe extern "C" fn(*const HostLaunch) -> *const c_char;
 
 /// The host as a device. Work is done when it is asked for.
-pub(super) struct Emulator {
+pub(crate) struct Emulator {
     seed: u64,
     launches: AtomicU64,
     /// Sizes of what is allocated.
@@ -126,7 +127,7 @@ impl Drop for LateCopy {
 
 impl Emulator {
     /// A device whose threads and groups run in an order that the seed decides.
-    pub(super) fn new(seed: u64) -> Self {
+    pub(crate) fn new(seed: u64) -> Self {
         Self { seed, launches: AtomicU64::new(0), memory: Arc::default(), failure: Arc::default() }
     }
 
@@ -191,7 +192,17 @@ fn full_text(module: &ModuleText) -> String {
     let starts = texts.iter().flat_map(|text| text.split("\nKERNEL(").skip(1));
     let entries = starts.filter_map(|text| Some(format!("HOST_ENTRY({})", text.split_once(')')?.0)));
     let parts = [PRELUDE].into_iter().chain(texts.iter().copied()).chain([RUNNER]);
-    parts.map(str::to_owned).chain(entries).collect::<Vec<_>>().join("\n")
+    let text = parts.map(str::to_owned).chain(entries).collect::<Vec<_>>().join("\n");
+    #[cfg(test)]
+    let text = PLANTED.get().map_or(text.clone(), |(right, wrong)| text.replace(right, wrong));
+    text
+}
+
+#[cfg(test)]
+thread_local! {
+    /// What a test has put into the texts of kernels in the place of what, for the launches of its thread.
+    pub(crate) static PLANTED: std::cell::Cell<Option<(&'static str, &'static str)>> =
+        const { std::cell::Cell::new(None) };
 }
 
 /// Compiles a module at its first use; the reason where that fails.

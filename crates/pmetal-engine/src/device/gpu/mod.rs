@@ -7,8 +7,8 @@
 mod attention;
 mod counters;
 pub(crate) mod cuda;
-#[cfg(test)]
-mod emulator;
+#[cfg(any(test, feature = "emulator"))]
+pub(crate) mod emulator;
 mod launch;
 mod optimizer;
 mod products;

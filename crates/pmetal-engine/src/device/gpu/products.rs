@@ -31,6 +31,9 @@ impl Gpu {
             if rows == 0 || columns == 0 {
                 return Ok(());
             }
+            if inner == 0 && accumulate {
+                continue;
+            }
             if inner == 0 {
                 return Err(Error::Unsupported {
                     operation: "matmul",

@@ -2,21 +2,25 @@ use super::*;
 use crate::error::Error;
 use crate::{ops, reference};
 
+on_every_device! {
+    embedding_agrees_with_the_reference,
+    gradients_of_repeated_ids_are_summed,
+    the_row_of_the_padding_id_gets_no_gradient,
+}
+
 fn ids(device: &Device, count: usize, vocabulary: usize) -> (Tensor, Vec<u32>) {
     let key = RandomKey { seed: 5, step: 0, stream: 0 };
     let ids: Vec<u32> = (0..count as u64).map(|index| key.word(index) % vocabulary as u32).collect();
     (Tensor::from_slice(device, Category::Activations, &[count], &ids).unwrap(), ids)
 }
 
-#[test]
-fn embedding_agrees_with_the_reference() {
-    let device = Device::cpu();
+fn embedding_agrees_with_the_reference(device: &Device) {
     for (tokens, vocabulary, width) in [(0, 3, 5), (1, 1, 1), (3, 7, 16), (65, 11, 37), (130, 300, 24)] {
         for table_type in [DType::F32, DType::Bf16, DType::F16] {
-            for dtype in [DType::F32, DType::Bf16] {
+            for &dtype in types(device) {
                 let table = numbers("table", vocabulary * width, table_type);
-                let (id_tensor, id_values) = ids(&device, tokens, vocabulary);
-                let frozen = weight(&device, false, table_type, &[vocabulary, width], &table);
+                let (id_tensor, id_values) = ids(device, tokens, vocabulary);
+                let frozen = weight(device, false, table_type, &[vocabulary, width], &table);
                 let y = ops::embedding(&Tape::off(), &id_tensor, &frozen, 1.5, None, dtype).unwrap();
                 assert_eq!(y.tensor().shape(), [tokens, width]);
                 let expected = reference::embedding(&id_values, &table, width, 1.5);
@@ -26,19 +30,17 @@ fn embedding_agrees_with_the_reference() {
     }
 }
 
-#[test]
-fn gradients_of_repeated_ids_are_summed() {
-    let device = Device::cpu();
+fn gradients_of_repeated_ids_are_summed(device: &Device) {
     for (tokens, vocabulary, width) in [(1, 1, 1), (3, 7, 5), (65, 11, 37), (130, 300, 24)] {
-        for dtype in [DType::F32, DType::Bf16] {
+        for &dtype in types(device) {
             let table = numbers("table", vocabulary * width, DType::F32);
-            let (id_tensor, id_values) = ids(&device, tokens, vocabulary);
-            let trained = weight(&device, true, DType::F32, &[vocabulary, width], &table);
+            let (id_tensor, id_values) = ids(device, tokens, vocabulary);
+            let trained = weight(device, true, DType::F32, &[vocabulary, width], &table);
             let d_y = numbers("d_y", tokens * width, dtype);
             for repeat in 1..=2 {
                 let tape = Tape::recording();
                 let y = ops::embedding(&tape, &id_tensor, &trained, 0.5, None, dtype).unwrap();
-                tape.backward(&y, tensor(&device, dtype, &[tokens, width], &d_y)).unwrap();
+                tape.backward(&y, tensor(device, dtype, &[tokens, width], &d_y)).unwrap();
                 let gradient =
                     gradient_of(&trained).map(|g| g.iter().map(|g| g / f64::from(repeat)).collect());
                 let function = |inputs: &[Vec<f64>]| reference::embedding(&id_values, &inputs[0], width, 0.5);
@@ -82,15 +84,13 @@ fn ids_beyond_the_table_are_refused() {
     assert!(matches!(error, Error::DType { actual: DType::I32, .. }), "{error}");
 }
 
-#[test]
-fn the_row_of_the_padding_id_gets_no_gradient() {
-    let device = Device::cpu();
-    let ids = Tensor::from_slice(&device, Category::Activations, &[3], &[1_u32, 2, 1]).unwrap();
-    let value = Tensor::zeros(&device, Category::Parameters, DType::F32, &[3, 2]).unwrap();
+fn the_row_of_the_padding_id_gets_no_gradient(device: &Device) {
+    let ids = Tensor::from_slice(device, Category::Activations, &[3], &[1_u32, 2, 1]).unwrap();
+    let value = Tensor::zeros(device, Category::Parameters, DType::F32, &[3, 2]).unwrap();
     let table = Weight::Trainable(crate::Parameter::new("table", value));
     let tape = Tape::recording();
     let y = ops::embedding(&tape, &ids, &table, 1.0, Some(1), DType::F32).unwrap();
-    let slope = Tensor::from_slice(&device, Category::Activations, &[3, 2], &[1.0_f32; 6]).unwrap();
+    let slope = Tensor::from_slice(device, Category::Activations, &[3, 2], &[1.0_f32; 6]).unwrap();
     tape.backward(&y, slope).unwrap();
     let gradient = table.parameter().unwrap().gradient().unwrap();
     assert_eq!(gradient.to_f32_vec().unwrap(), [0.0, 0.0, 0.0, 0.0, 1.0, 1.0]);

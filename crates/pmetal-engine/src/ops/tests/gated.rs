@@ -2,6 +2,12 @@ use super::*;
 use crate::device::GateActivation;
 use crate::{ops, reference};
 
+on_every_device! {
+    gated_activations_agree_with_the_reference,
+    gated_activations_of_huge_inputs_are_finite,
+    a_gate_without_a_wish_for_its_gradient_gets_none,
+}
+
 const ACTIVATIONS: [GateActivation; 2] = [GateActivation::Silu, GateActivation::GeluTanh];
 
 fn gates(count: usize, dtype: DType) -> Vec<f64> {
@@ -9,11 +15,11 @@ fn gates(count: usize, dtype: DType) -> Vec<f64> {
     numbers("gate", count, dtype).iter().map(|value| value * 8.0).collect()
 }
 
-#[test]
-fn gated_activations_agree_with_the_reference() {
-    let device = Device::cpu();
+fn gated_activations_agree_with_the_reference(device: &Device) {
     for (tokens, width) in [(0, 5), (1, 1), (3, 7), (65, 37), (130, 200)] {
-        for (activation, dtype) in ACTIVATIONS.into_iter().flat_map(|a| [(a, DType::F32), (a, DType::Bf16)]) {
+        for (activation, &dtype) in
+            ACTIVATIONS.into_iter().flat_map(|a| types(device).iter().map(move |t| (a, t)))
+        {
             let what = format!("{activation:?} {dtype} {tokens} x {width}");
             let count = tokens * width;
             let inputs = vec![gates(count, dtype), numbers("up", count, dtype)];
@@ -21,30 +27,28 @@ fn gated_activations_agree_with_the_reference() {
             let tape = Tape::recording();
             let shape = [tokens, width];
             let leaves: Vec<Var> =
-                inputs.iter().map(|x| tape.leaf(tensor(&device, dtype, &shape, x))).collect();
+                inputs.iter().map(|x| tape.leaf(tensor(device, dtype, &shape, x))).collect();
             let y = ops::gated(&tape, activation, &leaves[0], &leaves[1]).unwrap();
             let function = |inputs: &[Vec<f64>]| reference::gated(activation, &inputs[0], &inputs[1]);
             assert_close(&what, &wide(y.tensor()), &function(&inputs), tolerance(dtype));
-            let mut gradients = tape.backward(&y, tensor(&device, dtype, &shape, &d_y)).unwrap();
+            let mut gradients = tape.backward(&y, tensor(device, dtype, &shape, &d_y)).unwrap();
             let ours: Vec<_> = leaves.iter().map(|leaf| arrived(&mut gradients, leaf)).collect();
             assert_gradients(&what, &function, &inputs, &d_y, &ours, tolerance(dtype));
         }
     }
 }
 
-#[test]
-fn gated_activations_of_huge_inputs_are_finite() {
-    let device = Device::cpu();
+fn gated_activations_of_huge_inputs_are_finite(device: &Device) {
     let gate = [-1e30, -1e4, -100.0, -0.0, 0.0, 1e-30, 100.0, 1e4];
     for activation in ACTIVATIONS {
         let tape = Tape::recording();
-        let gate = tape.leaf(tensor(&device, DType::F32, &[1, 8], &gate));
-        let up = tape.leaf(tensor(&device, DType::F32, &[1, 8], &[2.0; 8]));
+        let gate = tape.leaf(tensor(device, DType::F32, &[1, 8], &gate));
+        let up = tape.leaf(tensor(device, DType::F32, &[1, 8], &[2.0; 8]));
         let y = ops::gated(&tape, activation, &gate, &up).unwrap();
         let values = wide(y.tensor());
         assert!(values.iter().all(|value| value.is_finite()), "{activation:?}: {values:?}");
         assert_eq!((values[0], values[2], values[7]), (0.0, 0.0, 2e4), "{activation:?}");
-        let mut gradients = tape.backward(&y, tensor(&device, DType::F32, &[1, 8], &[1.0; 8])).unwrap();
+        let mut gradients = tape.backward(&y, tensor(device, DType::F32, &[1, 8], &[1.0; 8])).unwrap();
         for leaf in [&gate, &up] {
             let gradient = arrived(&mut gradients, leaf).unwrap();
             assert!(gradient[1..].iter().all(|value| value.is_finite()), "{activation:?}: {gradient:?}");
@@ -52,15 +56,13 @@ fn gated_activations_of_huge_inputs_are_finite() {
     }
 }
 
-#[test]
-fn a_gate_without_a_wish_for_its_gradient_gets_none() {
-    let device = Device::cpu();
+fn a_gate_without_a_wish_for_its_gradient_gets_none(device: &Device) {
     for wanted in [[true, false], [false, true]] {
         let tape = Tape::recording();
         let x = numbers("x", 6, DType::F32);
-        let vars = wanted.map(|wanted| input(&tape, wanted, tensor(&device, DType::F32, &[2, 3], &x)));
+        let vars = wanted.map(|wanted| input(&tape, wanted, tensor(device, DType::F32, &[2, 3], &x)));
         let y = ops::gated(&tape, GateActivation::Silu, &vars[0], &vars[1]).unwrap();
-        let mut gradients = tape.backward(&y, tensor(&device, DType::F32, &[2, 3], &[1.0; 6])).unwrap();
+        let mut gradients = tape.backward(&y, tensor(device, DType::F32, &[2, 3], &[1.0; 6])).unwrap();
         let ours = vars.map(|var| arrived(&mut gradients, &var));
         let function = |inputs: &[Vec<f64>]| reference::gated(GateActivation::Silu, &inputs[0], &inputs[1]);
         assert_eq!(ours.each_ref().map(Option::is_some), wanted);

@@ -3,6 +3,19 @@ use crate::error::Error;
 use crate::ops::{self, Dropout, Linear, LinearOptions, Lora};
 use crate::reference;
 
+on_every_device! {
+    a_linear_layer_with_everything_agrees_with_the_reference,
+    every_combination_of_parts_and_of_wishes_for_gradients_agrees_with_the_reference,
+    dropout_multiplies_forward_and_backward_by_the_same_mask,
+    no_tokens_give_no_rows_and_zero_gradients,
+    heads_side_by_side_are_one_input,
+    a_bias_in_the_type_of_a_checkpoint_is_added,
+    a_layer_used_twice_sums_its_gradients_and_its_inputs,
+    dropout_depends_on_its_key_and_keeps_the_stated_fraction,
+    a_probability_of_zero_or_no_source_turns_dropout_off,
+    project_is_the_product_alone,
+}
+
 /// One layer with its input and everything that goes with it; inputs are x, W, b, A, B, residual.
 struct Case {
     tokens: usize,
@@ -121,8 +134,7 @@ impl Case {
         (result, all)
     }
 
-    fn check(&self) {
-        let device = Device::cpu();
+    fn check(&self, device: &Device) {
         let values = self.values();
         let what = format!(
             "{} {:?} present {:?} wanted {:?} dropout {}",
@@ -133,8 +145,8 @@ impl Case {
             self.dropout
         );
         let d_y = numbers("d_y", self.tokens * self.features, self.dtype);
-        let function = self.function(self.mask(&device));
-        let (result, gradients) = self.run(&device, &values, &d_y);
+        let function = self.function(self.mask(device));
+        let (result, gradients) = self.run(device, &values, &d_y);
         let error = tolerance(self.dtype);
         assert_close(&what, &result, &function(&values), error);
         let received: Vec<bool> = gradients.iter().map(Option::is_some).collect();
@@ -143,19 +155,17 @@ impl Case {
     }
 }
 
-#[test]
-fn a_linear_layer_with_everything_agrees_with_the_reference() {
-    for dtype in [DType::F32, DType::Bf16] {
+fn a_linear_layer_with_everything_agrees_with_the_reference(device: &Device) {
+    for &dtype in types(device) {
         for size in
             [[1, 1, 1, 1], [1, 5, 7, 2], [3, 37, 33, 8], [65, 48, 31, 3], [7, 12, 150, 2], [130, 37, 64, 16]]
         {
-            Case::new(size, dtype).check();
+            Case::new(size, dtype).check(device);
         }
     }
 }
 
-#[test]
-fn every_combination_of_parts_and_of_wishes_for_gradients_agrees_with_the_reference() {
+fn every_combination_of_parts_and_of_wishes_for_gradients_agrees_with_the_reference(device: &Device) {
     for bits in 0..256 {
         let is_set = |bit: usize| bits >> bit & 1 == 1;
         let rank = if is_set(0) { 2 } else { 0 };
@@ -170,71 +180,62 @@ fn every_combination_of_parts_and_of_wishes_for_gradients_agrees_with_the_refere
         }
         case.dropout = if rank > 0 && is_set(4) { 0.4 } else { 0.0 };
         case.scale = if is_set(6) { 1.0 } else { -1.5 };
-        case.check();
+        case.check(device);
     }
 }
 
-#[test]
-fn dropout_multiplies_forward_and_backward_by_the_same_mask() {
-    for dtype in [DType::F32, DType::Bf16] {
+fn dropout_multiplies_forward_and_backward_by_the_same_mask(device: &Device) {
+    for &dtype in types(device) {
         for size in [[3, 7, 5, 2], [65, 37, 20, 8]] {
             let mut case = Case::new(size, dtype);
             case.dropout = 0.3;
-            case.check();
+            case.check(device);
         }
     }
 }
 
-#[test]
-fn no_tokens_give_no_rows_and_zero_gradients() {
-    let device = Device::cpu();
+fn no_tokens_give_no_rows_and_zero_gradients(device: &Device) {
     let case = Case::new([0, 5, 4, 2], DType::F32);
-    let (result, gradients) = case.run(&device, &case.values(), &[]);
+    let (result, gradients) = case.run(device, &case.values(), &[]);
     assert!(result.is_empty());
     for (gradient, shape) in gradients.into_iter().zip(case.shapes()) {
         assert_eq!(gradient.unwrap(), vec![0.0; shape.iter().product()]);
     }
 }
 
-#[test]
-fn heads_side_by_side_are_one_input() {
-    let device = Device::cpu();
+fn heads_side_by_side_are_one_input(device: &Device) {
     let x = numbers("x", 3 * 8, DType::F32);
     let w = numbers("W", 5 * 8, DType::F32);
-    let layer = Linear { weight: weight(&device, false, DType::F32, &[5, 8], &w), bias: None, lora: None };
+    let layer = Linear { weight: weight(device, false, DType::F32, &[5, 8], &w), bias: None, lora: None };
     let tape = Tape::recording();
-    let heads = tape.leaf(tensor(&device, DType::F32, &[3, 2, 4], &x));
+    let heads = tape.leaf(tensor(device, DType::F32, &[3, 2, 4], &x));
     let y = ops::linear(&tape, &heads, &layer, LinearOptions::default()).unwrap();
     let plain = reference::Linear { width: 8, rank: 0, scale: 1.0, lora_scale: 0.0, mask: None };
     assert_close("heads", &wide(y.tensor()), &plain.forward([&x, &w, &[], &[], &[], &[]]), F32_ERROR);
-    let d_y = tensor(&device, DType::F32, &[3, 5], &numbers("d_y", 15, DType::F32));
+    let d_y = tensor(device, DType::F32, &[3, 5], &numbers("d_y", 15, DType::F32));
     let mut gradients = tape.backward(&y, d_y).unwrap();
     assert_eq!(arrived(&mut gradients, &heads).unwrap().len(), 24);
 }
 
-#[test]
-fn a_bias_in_the_type_of_a_checkpoint_is_added() {
-    let device = Device::cpu();
+fn a_bias_in_the_type_of_a_checkpoint_is_added(device: &Device) {
     let bias = [0.5, -2.0];
     for dtype in [DType::F32, DType::Bf16, DType::F16] {
         let layer = Linear {
-            weight: weight(&device, false, dtype, &[2, 1], &[0.0, 0.0]),
-            bias: Some(weight(&device, false, dtype, &[2], &bias)),
+            weight: weight(device, false, dtype, &[2, 1], &[0.0, 0.0]),
+            bias: Some(weight(device, false, dtype, &[2], &bias)),
             lora: None,
         };
-        let x = Var::constant(tensor(&device, DType::F32, &[1, 1], &[1.0]));
+        let x = Var::constant(tensor(device, DType::F32, &[1, 1], &[1.0]));
         let y = ops::linear(&Tape::off(), &x, &layer, LinearOptions::default()).unwrap();
         assert_eq!(wide(y.tensor()), bias, "{dtype}");
     }
 }
 
-#[test]
-fn a_layer_used_twice_sums_its_gradients_and_its_inputs() {
-    let device = Device::cpu();
+fn a_layer_used_twice_sums_its_gradients_and_its_inputs(device: &Device) {
     let (x, w) = (numbers("x", 7 * 5, DType::F32), numbers("W", 5 * 5, DType::F32));
-    let layer = Linear { weight: weight(&device, true, DType::F32, &[5, 5], &w), bias: None, lora: None };
+    let layer = Linear { weight: weight(device, true, DType::F32, &[5, 5], &w), bias: None, lora: None };
     let tape = Tape::recording();
-    let leaf = tape.leaf(tensor(&device, DType::F32, &[7, 5], &x));
+    let leaf = tape.leaf(tensor(device, DType::F32, &[7, 5], &x));
     let first = ops::linear(&tape, &leaf, &layer, LinearOptions::default()).unwrap();
     let options = LinearOptions { residual: Some(&leaf), ..LinearOptions::default() };
     let second = ops::linear(&tape, &first, &layer, options).unwrap();
@@ -243,7 +244,7 @@ fn a_layer_used_twice_sums_its_gradients_and_its_inputs() {
     let third = ops::linear(&tape, &leaf, &layer, options).unwrap();
     let y = ops::gated(&tape, crate::device::GateActivation::Silu, &second, &third).unwrap();
     let d_y = numbers("d_y", 35, DType::F32);
-    let mut gradients = tape.backward(&y, tensor(&device, DType::F32, &[7, 5], &d_y)).unwrap();
+    let mut gradients = tape.backward(&y, tensor(device, DType::F32, &[7, 5], &d_y)).unwrap();
     let ours = [arrived(&mut gradients, &leaf), gradient_of(&layer.weight)];
     let function = |inputs: &[Vec<f64>]| {
         let layer = reference::Linear { width: 5, rank: 0, scale: 1.0, lora_scale: 0.0, mask: None };
@@ -304,26 +305,24 @@ fn an_input_that_no_gradient_reads_is_not_kept() {
     assert_eq!(run([true, true, false, false, false, false]), input_bytes + reduced_bytes);
 }
 
-fn mask_of(probability: f32, key: RandomKey, count: usize) -> Vec<f64> {
-    let device = Device::cpu();
-    let ones = tensor(&device, DType::F32, &[count], &vec![1.0; count]);
-    let mut out = Tensor::scratch(&device, Category::Workspace, DType::F32, &[count]).unwrap();
+fn mask_of(device: &Device, probability: f32, key: RandomKey, count: usize) -> Vec<f64> {
+    let ones = tensor(device, DType::F32, &[count], &vec![1.0; count]);
+    let mut out = Tensor::scratch(device, Category::Workspace, DType::F32, &[count]).unwrap();
     device.kernels().dropout(&ones, probability, key, &mut out, false);
     wide(&out)
 }
 
-#[test]
-fn dropout_depends_on_its_key_and_keeps_the_stated_fraction() {
+fn dropout_depends_on_its_key_and_keeps_the_stated_fraction(device: &Device) {
     let key = RandomKey { seed: 1, step: 2, stream: 3 };
     // Longer than a task of the kernel, and not a multiple of its groups of four.
     let count = 200_003;
     for probability in [0.05_f32, 0.5, 0.9] {
-        let mask = mask_of(probability, key, count);
-        assert!(mask == mask_of(probability, key, count));
+        let mask = mask_of(device, probability, key, count);
+        assert!(mask == mask_of(device, probability, key, count));
         for other in
             [RandomKey { seed: 2, ..key }, RandomKey { step: 3, ..key }, RandomKey { stream: 4, ..key }]
         {
-            assert!(mask != mask_of(probability, other, count), "{other:?}");
+            assert!(mask != mask_of(device, probability, other, count), "{other:?}");
         }
         let (dropped, keep) = (f64::from(probability), 1.0 - f64::from(probability));
         let share = mask.iter().filter(|&&value| value != 0.0).count() as f64 / count as f64;
@@ -331,26 +330,24 @@ fn dropout_depends_on_its_key_and_keeps_the_stated_fraction() {
         assert!((share - keep).abs() < 4.0 * deviation, "{share} of {count} kept at {probability}");
         assert!(mask.iter().all(|&value| value == 0.0 || (value * keep - 1.0).abs() < 1e-6));
         // The mask of a prefix is the prefix of the mask: element indices count, not tasks.
-        assert_eq!(mask_of(probability, key, 20_001), mask[..20_001]);
+        assert_eq!(mask_of(device, probability, key, 20_001), mask[..20_001]);
     }
-    assert!(mask_of(0.0, key, 1000).iter().all(|&value| value == 1.0));
+    assert!(mask_of(device, 0.0, key, 1000).iter().all(|&value| value == 1.0));
 }
 
-#[test]
-fn a_probability_of_zero_or_no_source_turns_dropout_off() {
-    let device = Device::cpu();
+fn a_probability_of_zero_or_no_source_turns_dropout_off(device: &Device) {
     let mut case = Case::new([3, 7, 5, 2], DType::F32);
     let values = case.values();
     let d_y = numbers("d_y", 15, DType::F32);
-    let plain = case.run(&device, &values, &d_y);
+    let plain = case.run(device, &values, &d_y);
     case.dropout = 0.5;
-    let dropped = case.run(&device, &values, &d_y);
+    let dropped = case.run(device, &values, &d_y);
     assert_ne!(plain.0, dropped.0);
     let tape = Tape::off();
-    let x = Var::constant(tensor(&device, DType::F32, &[3, 7], &values[0]));
-    let residual = Var::constant(tensor(&device, DType::F32, &[3, 5], &values[5]));
+    let x = Var::constant(tensor(device, DType::F32, &[3, 7], &values[0]));
+    let residual = Var::constant(tensor(device, DType::F32, &[3, 5], &values[5]));
     let options = LinearOptions { residual: Some(&residual), scale: case.scale, ..Default::default() };
-    let outside_training = ops::linear(&tape, &x, &case.layer(&device, &values), options).unwrap();
+    let outside_training = ops::linear(&tape, &x, &case.layer(device, &values), options).unwrap();
     assert_eq!(wide(outside_training.tensor()), plain.0);
 }
 
@@ -371,17 +368,15 @@ fn a_linear_layer_has_the_same_bits_everywhere() {
     });
 }
 
-#[test]
-fn project_is_the_product_alone() {
-    let device = Device::cpu();
+fn project_is_the_product_alone(device: &Device) {
     let (x, w) = (numbers("x", 3 * 7, DType::F32), numbers("W", 5 * 7, DType::F32));
-    let mut out = Tensor::scratch(&device, Category::Workspace, DType::F32, &[3, 5]).unwrap();
-    let (left, right) = (tensor(&device, DType::F32, &[3, 7], &x), tensor(&device, DType::F32, &[5, 7], &w));
+    let mut out = Tensor::scratch(device, Category::Workspace, DType::F32, &[3, 5]).unwrap();
+    let (left, right) = (tensor(device, DType::F32, &[3, 7], &x), tensor(device, DType::F32, &[5, 7], &w));
     ops::project(&left, &right, &mut out).unwrap();
     let layer = reference::Linear { width: 7, rank: 0, scale: 1.0, lora_scale: 0.0, mask: None };
     assert_close("project", &wide(&out), &layer.forward([&x, &w, &[], &[], &[], &[]]), F32_ERROR);
     assert!(ops::project(&right, &right, &mut out).is_err());
-    assert!(ops::project(&left, &tensor(&device, DType::F32, &[5, 6], &[0.0; 30]), &mut out).is_err());
+    assert!(ops::project(&left, &tensor(device, DType::F32, &[5, 6], &[0.0; 30]), &mut out).is_err());
 }
 
 #[test]

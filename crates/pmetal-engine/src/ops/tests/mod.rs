@@ -1,4 +1,7 @@
-//! Every operation against its f64 reference: values, then gradients by central differences.
+//! Every operation against its f64 reference, on every device: values, then gradients by central differences.
+//!
+//! Tolerances are relative to the largest value: 1e-5 for f32, 1.5e-2 for bf16 (8 bits, and intermediate results are
+//! rounded too), 2e-3 for f16 (11 bits); operations that round more often state theirs.
 
 mod attention;
 mod embedding;
@@ -14,14 +17,29 @@ use std::sync::Arc;
 
 use crate::random::{RandomKey, stream_of};
 use crate::tape::Gradients;
+use crate::testing::on_every_device;
 use crate::{Category, DType, Device, Parameter, Tape, Tensor, Var, Weight};
 
 /// What an f32 kernel may differ from the reference by, relative to the largest value.
 pub(super) const F32_ERROR: f64 = 1e-5;
 
-/// The same for activations of a type; bf16 has 8 bits, and intermediate results are rounded too.
+/// The same for activations of a type; bf16 has 8 bits, f16 has 11, and intermediate results are rounded too.
 pub(super) fn tolerance(dtype: DType) -> f64 {
-    if dtype == DType::Bf16 { 1.5e-2 } else { F32_ERROR }
+    match dtype {
+        DType::Bf16 => 1.5e-2,
+        DType::F16 => 2e-3,
+        _ => F32_ERROR,
+    }
+}
+
+/// What a device has for activations.
+pub(super) fn types(device: &Device) -> &'static [DType] {
+    if device.is_host() { &[DType::F32, DType::Bf16] } else { &[DType::F32, DType::Bf16, DType::F16] }
+}
+
+/// Whether a device is too slow for what takes this many times the smallest sizes.
+pub(super) fn is_slow(device: &Device) -> bool {
+    device.name() == "emulator"
 }
 
 /// Numbers in [-1, 1) that a tensor of `dtype` holds exactly, different for every name.

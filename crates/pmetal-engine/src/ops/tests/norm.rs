@@ -2,6 +2,11 @@ use super::*;
 use crate::device::NormWeight;
 use crate::{ops, reference};
 
+on_every_device! {
+    rms_norm_and_its_gradients_agree_with_the_reference,
+    a_norm_adds_to_a_gradient_that_has_arrived_and_to_its_weight_again,
+}
+
 const EPSILON: f32 = 1e-5;
 
 /// Shapes: rows, heads of a row (0 = two-dimensional), width.
@@ -12,32 +17,30 @@ fn shape_of([rows, heads, width]: [usize; 3]) -> Vec<usize> {
     if heads == 0 { vec![rows, width] } else { vec![rows, heads, width] }
 }
 
-#[test]
-fn rms_norm_and_its_gradients_agree_with_the_reference() {
-    let device = Device::cpu();
+fn rms_norm_and_its_gradients_agree_with_the_reference(device: &Device) {
     for (index, size) in SHAPES.into_iter().enumerate() {
-        for variant in 0..6 {
-            let dtype = [DType::F32, DType::Bf16][variant % 2];
+        for variant in 0..3 * types(device).len() {
+            let dtype = types(device)[variant / 3];
             let (kind, weighted) =
                 [(NormWeight::Plain, true), (NormWeight::PlusOne, true), (NormWeight::Plain, false)]
-                    [variant / 2];
-            let trained = (index + variant) % 3 != 0;
+                    [variant % 3];
+            let trained = (index + variant) % 4 != 0;
             let (shape, width) = (shape_of(size), size[2]);
             let count = shape.iter().product();
             let what = format!("{kind:?} {weighted} {dtype} {shape:?}");
             let weight_count = if weighted { width } else { 0 };
             let inputs = vec![numbers("x", count, dtype), numbers("w", weight_count, DType::Bf16)];
-            let w = weighted.then(|| weight(&device, trained, DType::Bf16, &[width], &inputs[1]));
+            let w = weighted.then(|| weight(device, trained, DType::Bf16, &[width], &inputs[1]));
             let d_y = numbers("d_y", count, dtype);
             let tape = Tape::recording();
-            let x = tape.leaf(tensor(&device, dtype, &shape, &inputs[0]));
+            let x = tape.leaf(tensor(device, dtype, &shape, &inputs[0]));
             let y = ops::rms_norm(&tape, &x, w.as_ref(), kind, EPSILON).unwrap();
             assert_eq!(y.tensor().shape(), shape);
             let function = |inputs: &[Vec<f64>]| {
                 reference::rms_norm(&inputs[0], &inputs[1], width, kind, f64::from(EPSILON))
             };
             assert_close(&what, &wide(y.tensor()), &function(&inputs), tolerance(dtype));
-            let mut gradients = tape.backward(&y, tensor(&device, dtype, &shape, &d_y)).unwrap();
+            let mut gradients = tape.backward(&y, tensor(device, dtype, &shape, &d_y)).unwrap();
             let ours = [arrived(&mut gradients, &x), w.as_ref().and_then(gradient_of)];
             // A width of one has an input gradient of almost nothing; only its size relative to d_y is meaningful.
             let error = if width == 1 { 1.0 } else { tolerance(dtype) };
@@ -46,16 +49,14 @@ fn rms_norm_and_its_gradients_agree_with_the_reference() {
     }
 }
 
-#[test]
-fn a_norm_adds_to_a_gradient_that_has_arrived_and_to_its_weight_again() {
-    let device = Device::cpu();
+fn a_norm_adds_to_a_gradient_that_has_arrived_and_to_its_weight_again(device: &Device) {
     let (shape, width) = ([33, 21], 21);
-    for dtype in [DType::F32, DType::Bf16] {
+    for &dtype in types(device) {
         let inputs =
             vec![numbers("x", 33 * 21, dtype), numbers("w0", 21, DType::F32), numbers("w1", 21, DType::F32)];
-        let weights = [1, 2].map(|index| weight(&device, true, DType::F32, &[width], &inputs[index]));
+        let weights = [1, 2].map(|index| weight(device, true, DType::F32, &[width], &inputs[index]));
         let tape = Tape::recording();
-        let x = tape.leaf(tensor(&device, dtype, &shape, &inputs[0]));
+        let x = tape.leaf(tensor(device, dtype, &shape, &inputs[0]));
         // x has two users, and the first weight has two.
         let first = ops::rms_norm(&tape, &x, Some(&weights[0]), NormWeight::Plain, EPSILON).unwrap();
         let second = ops::rms_norm(&tape, &x, Some(&weights[1]), NormWeight::PlusOne, EPSILON).unwrap();
@@ -69,10 +70,10 @@ fn a_norm_adds_to_a_gradient_that_has_arrived_and_to_its_weight_again() {
             reference::gated(crate::device::GateActivation::Silu, &first, &third)
         };
         let d_y = numbers("d_y", 33 * 21, dtype);
-        let mut gradients = tape.backward(&y, tensor(&device, dtype, &shape, &d_y)).unwrap();
+        let mut gradients = tape.backward(&y, tensor(device, dtype, &shape, &d_y)).unwrap();
         let [w0, w1] = weights.each_ref().map(gradient_of);
         let ours = [arrived(&mut gradients, &x), w0, w1];
-        let error = if dtype == DType::Bf16 { 3e-2 } else { F32_ERROR };
+        let error = if dtype == DType::F32 { F32_ERROR } else { 2.0 * tolerance(dtype) };
         assert_gradients("two users", &function, &inputs, &d_y, &ours, error);
     }
 }

@@ -4,6 +4,13 @@ use crate::error::Error;
 use crate::ops::{self, AdamWState};
 use crate::reference;
 
+on_every_device! {
+    five_steps_agree_with_pytorch_to_the_last_bits,
+    fifty_steps_agree_with_an_f64_reference,
+    a_parameter_that_no_gradient_reached_is_left_alone,
+    a_step_keeps_the_value_that_somebody_still_holds,
+}
+
 const CONSTANTS: AdamWParameters = AdamWParameters {
     learning_rate: 1e-2,
     beta1: 0.9,
@@ -39,10 +46,8 @@ const PYTORCH: [[u32; 8]; 3] = [
     [0x3cb3072e, 0x3ca91457, 0x3c979064, 0x3cd33974, 0x3c98558e, 0x3cbf4c7c, 0x3ca0aaa4, 0x3cac14a8],
 ];
 
-#[test]
-fn five_steps_agree_with_pytorch_to_the_last_bits() {
-    let device = Device::cpu();
-    let parameter = trained(&device, &[0.5, -1.25, 3.0, f64::from(1e-3_f32), -0.03125, 0.0, 2.5, -7.0]);
+fn five_steps_agree_with_pytorch_to_the_last_bits(device: &Device) {
+    let parameter = trained(device, &[0.5, -1.25, 3.0, f64::from(1e-3_f32), -0.03125, 0.0, 2.5, -7.0]);
     let mut state = AdamWState::new(&parameter).unwrap();
     for step in 1..=5 {
         let gradient: Vec<f64> =
@@ -58,15 +63,13 @@ fn five_steps_agree_with_pytorch_to_the_last_bits() {
     }
 }
 
-#[test]
-fn fifty_steps_agree_with_an_f64_reference() {
-    let device = Device::cpu();
+fn fifty_steps_agree_with_an_f64_reference(device: &Device) {
     let decayed = CONSTANTS;
     let clipped = AdamWParameters { weight_decay: 0.0, gradient_scale: 0.25, beta2: 0.999, ..CONSTANTS };
     // Longer than one task of the kernel.
     for (constants, count) in [(decayed, 1), (decayed, 37), (clipped, 20_003)] {
         let start = numbers("start", count, DType::F32);
-        let parameter = trained(&device, &start);
+        let parameter = trained(device, &start);
         let mut state = AdamWState::new(&parameter).unwrap();
         let exact = reference::AdamW {
             learning_rate: constants.learning_rate,
@@ -91,20 +94,16 @@ fn fifty_steps_agree_with_an_f64_reference() {
     }
 }
 
-#[test]
-fn a_parameter_that_no_gradient_reached_is_left_alone() {
-    let device = Device::cpu();
-    let parameter = trained(&device, &[1.0, 2.0]);
+fn a_parameter_that_no_gradient_reached_is_left_alone(device: &Device) {
+    let parameter = trained(device, &[1.0, 2.0]);
     let mut state = AdamWState::new(&parameter).unwrap();
     ops::adamw_step(&parameter, &mut state, &CONSTANTS).unwrap();
     assert_eq!(wide(&parameter.value()), [1.0, 2.0]);
     assert_eq!(wide(&state.second), [0.0, 0.0]);
 }
 
-#[test]
-fn a_step_keeps_the_value_that_somebody_still_holds() {
-    let device = Device::cpu();
-    let parameter = trained(&device, &[1.0, 2.0]);
+fn a_step_keeps_the_value_that_somebody_still_holds(device: &Device) {
+    let parameter = trained(device, &[1.0, 2.0]);
     let mut state = AdamWState::new(&parameter).unwrap();
     set_gradient(&parameter, &[1.0, 1.0]);
     let held = parameter.value();

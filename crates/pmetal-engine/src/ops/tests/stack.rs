@@ -12,6 +12,14 @@ use crate::error::{Error, Result};
 use crate::ops::{self, Dropout, Linear, LinearOptions, Lora, RopeTable};
 use crate::{Recompute, reference};
 
+on_every_device! {
+    gradients_of_two_blocks_agree_with_the_reference,
+    dropout_of_another_step_gives_other_gradients,
+    a_second_backward_pass_adds_to_every_gradient,
+    a_step_of_training_lowers_the_loss,
+    every_level_of_recomputation_gives_the_same_bits_and_keeps_what_it_says,
+}
+
 const ATTENTION: AttentionParameters = AttentionParameters {
     query_heads: 4,
     key_value_heads: 2,
@@ -237,11 +245,9 @@ fn gradient_bits(outcome: &Outcome) -> Vec<Vec<u32>> {
     gradients.chain([bits(&outcome.y)]).chain(outcome.d_x.as_ref().map(bits)).collect()
 }
 
-#[test]
-fn gradients_of_two_blocks_agree_with_the_reference() {
-    let device = Device::cpu();
+fn gradients_of_two_blocks_agree_with_the_reference(device: &Device) {
     let setup = Setup { trained: Trained::Everything, dropout: None, ..SETUP };
-    let outcome = run(&device, &setup, 1);
+    let outcome = run(device, &setup, 1);
     let mut inputs = vec![numbers("x", TOKENS * WIDTH, DType::F32)];
     inputs.extend((0..2).flat_map(|index| values(index, DType::F32)));
     let function = |inputs: &[Vec<f64>]| {
@@ -255,40 +261,38 @@ fn gradients_of_two_blocks_agree_with_the_reference() {
     assert_gradients_of(3, "two blocks", &function, &inputs, &d_y, &gradients, 1e-4);
 }
 
-#[test]
-fn every_level_of_recomputation_gives_the_same_bits_and_keeps_what_it_says() {
+fn every_level_of_recomputation_gives_the_same_bits_and_keeps_what_it_says(device: &Device) {
     for dtype in [DType::F32, DType::Bf16] {
         for trained in [Trained::Adapters, Trained::Everything] {
             for leaf in [false, true] {
                 let plain = Setup { dtype, trained, leaf, ..SETUP };
-                let device = Device::cpu();
-                let cheap = run(&device, &plain, 1);
-                let device = Device::cpu();
-                let full = run(&device, &Setup { recompute: Recompute::Full, ..plain }, 1);
-                let device = Device::cpu();
-                let everything = run(&device, &Setup { recompute: Recompute::None, ..plain }, 1);
+                let run_at = |recompute: Recompute| {
+                    let outcome = run(device, &Setup { recompute, ..plain }, 1);
+                    (gradient_bits(&outcome), outcome.kept_bytes)
+                };
+                let cheap = run_at(Recompute::Cheap);
+                let full = run_at(Recompute::Full);
+                let everything = run_at(Recompute::None);
                 for other in [&full, &everything] {
-                    assert!(gradient_bits(&cheap) == gradient_bits(other), "{dtype} leaf {leaf}");
+                    assert!(cheap.0 == other.0, "{dtype} leaf {leaf}");
                 }
                 // Results of both blocks; the input is counted among the weights here.
-                assert_eq!(full.kept_bytes, 2 * TOKENS * WIDTH * dtype.bytes());
-                assert!(cheap.kept_bytes > 5 * full.kept_bytes);
+                assert_eq!(full.1, 2 * TOKENS * WIDTH * dtype.bytes());
+                assert!(cheap.1 > 5 * full.1);
                 // Two norms and a gated product of each block.
                 let again = 2 * TOKENS * (2 * WIDTH + INNER) * dtype.bytes();
-                assert_eq!(everything.kept_bytes, cheap.kept_bytes + again);
+                assert_eq!(everything.1, cheap.1 + again);
             }
         }
     }
 }
 
-#[test]
-fn dropout_of_another_step_gives_other_gradients() {
-    let device = Device::cpu();
-    let first = gradient_bits(&run(&device, &SETUP, 1));
-    assert!(first == gradient_bits(&run(&device, &SETUP, 1)));
+fn dropout_of_another_step_gives_other_gradients(device: &Device) {
+    let first = gradient_bits(&run(device, &SETUP, 1));
+    assert!(first == gradient_bits(&run(device, &SETUP, 1)));
     let other = Setup { dropout: Some(Dropout { seed: 4, step: 3 }), ..SETUP };
-    assert!(first != gradient_bits(&run(&device, &other, 1)));
-    assert!(first != gradient_bits(&run(&device, &Setup { dropout: None, ..SETUP }, 1)));
+    assert!(first != gradient_bits(&run(device, &other, 1)));
+    assert!(first != gradient_bits(&run(device, &Setup { dropout: None, ..SETUP }, 1)));
 }
 
 #[test]
@@ -301,11 +305,9 @@ fn two_blocks_have_the_same_bits_everywhere() {
     }
 }
 
-#[test]
-fn a_second_backward_pass_adds_to_every_gradient() {
-    let device = Device::cpu();
+fn a_second_backward_pass_adds_to_every_gradient(device: &Device) {
     let setup = Setup { trained: Trained::Everything, ..SETUP };
-    let (once, twice) = (run(&device, &setup, 1), run(&device, &setup, 2));
+    let (once, twice) = (run(device, &setup, 1), run(device, &setup, 2));
     for (once, twice) in once.parameters.iter().zip(&twice.parameters) {
         let doubled: Vec<f64> = wide(&once.gradient().unwrap()).iter().map(|value| 2.0 * value).collect();
         assert_eq!(wide(&twice.gradient().unwrap()), doubled);
@@ -352,17 +354,15 @@ fn the_result_of_a_norm_is_computed_again_instead_of_kept() {
     drop((x, y));
 }
 
-#[test]
-fn a_step_of_training_lowers_the_loss() {
-    let device = Device::cpu();
-    let block = build(&device, 0, DType::F32, Trained::Everything, None);
+fn a_step_of_training_lowers_the_loss(device: &Device) {
+    let block = build(device, 0, DType::F32, Trained::Everything, None);
     let ids: Vec<u32> = (0..TOKENS as u32).map(|token| token * 7 % VOCABULARY as u32).collect();
     let labels: Vec<i32> = ids.iter().map(|&id| ((id + 3) % VOCABULARY as u32) as i32).collect();
-    let targets = ops::Targets::new(&device, &labels, VOCABULARY).unwrap();
-    let id_tensor = Tensor::from_slice(&device, Category::Activations, &[TOKENS], &ids).unwrap();
+    let targets = ops::Targets::new(device, &labels, VOCABULARY).unwrap();
+    let id_tensor = Tensor::from_slice(device, Category::Activations, &[TOKENS], &ids).unwrap();
     let shape = [VOCABULARY, WIDTH];
     // One table for both ends, as in models with tied embeddings.
-    let tied = weight(&device, true, DType::F32, &shape, &numbers("tied", VOCABULARY * WIDTH, DType::F32));
+    let tied = weight(device, true, DType::F32, &shape, &numbers("tied", VOCABULARY * WIDTH, DType::F32));
     let mut parameters = block.parameters();
     parameters.push(parameter(&tied));
     let mut states: Vec<_> = parameters.iter().map(|p| ops::AdamWState::new(p).unwrap()).collect();

@@ -18,6 +18,7 @@ mod tiles;
 use std::ops::Range;
 
 pub use super::gemm::{Elements, ElementsMut, SimdLevel};
+use super::simd::level_of_products;
 
 /// The shape of the heads and which keys a query sees.
 #[derive(Clone, Copy, Debug)]
@@ -132,7 +133,7 @@ pub struct Gradients<'a> {
 /// 2 (E + V) flops for each visible pair of query and key and each head; workspace of a few blocks per thread. Shapes that
 /// disagree are a bug of the caller and stop the program.
 pub fn forward(inputs: &Inputs<'_>, out: ElementsMut<'_>, lse: &mut [f32]) {
-    forward_at(SimdLevel::current(), rayon::current_num_threads(), inputs, out, lse);
+    forward_at(level_of_products(), rayon::current_num_threads(), inputs, out, lse);
 }
 
 /// Overwrites the gradients of queries, keys, values and sinks.
@@ -140,7 +141,7 @@ pub fn forward(inputs: &Inputs<'_>, out: ElementsMut<'_>, lse: &mut [f32]) {
 /// Cost: 2 (3 E + 2 V) flops for each visible pair and head, or, for few long documents on many threads,
 /// 2 (5 E + 2 V + ...) since scores are then computed twice; the results are the same.
 pub fn backward(inputs: &Inputs<'_>, saved: &Saved<'_>, gradients: Gradients<'_>) {
-    backward_at(SimdLevel::current(), rayon::current_num_threads(), inputs, saved, gradients);
+    backward_at(level_of_products(), rayon::current_num_threads(), inputs, saved, gradients);
 }
 
 fn forward_at(

@@ -20,6 +20,7 @@ pub(super) mod tasks;
 #[cfg(test)]
 mod tests;
 
+use super::simd::level_of_products;
 pub use buffer::Workspace;
 pub use level::SimdLevel;
 pub use matrix::{Elements, ElementsMut, MatrixMut, MatrixRef};
@@ -68,7 +69,7 @@ pub enum Arithmetic {
 pub fn gemm(products: &[Product<'_>], out: MatrixMut<'_>, epilogue: &Epilogue<'_>, arithmetic: Arithmetic) {
     let threads = rayon::current_num_threads();
     buffer::with_thread_workspace(|workspace| {
-        gemm_at(SimdLevel::current(), products, out, epilogue, arithmetic, workspace, threads);
+        gemm_at(level_of_products(), products, out, epilogue, arithmetic, workspace, threads);
     });
 }
 
@@ -80,7 +81,7 @@ pub fn gemm_serial(
     arithmetic: Arithmetic,
     workspace: &mut Workspace,
 ) {
-    gemm_at(SimdLevel::current(), products, out, epilogue, arithmetic, workspace, 1);
+    gemm_at(level_of_products(), products, out, epilogue, arithmetic, workspace, 1);
 }
 
 fn gemm_at(

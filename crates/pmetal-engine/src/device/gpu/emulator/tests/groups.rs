@@ -105,3 +105,16 @@ fn columns_are_tensors_of_their_own_and_join_without_a_copy() {
     assert_ne!(fresh.address(), address);
     assert_eq!(fresh.to_vec::<f32>().unwrap(), doubled);
 }
+
+#[test]
+fn rows_with_gaps_are_copied_to_rows_with_none_and_back() {
+    for dtype in [DType::F32, DType::Bf16, DType::F16] {
+        check("copied rows", dtype, &|run| {
+            let (source, mut there, mut back) =
+                (run.tensor(1, &[6, 21]), run.dense(2, &[6, 21]), run.empty(&[6, 21]));
+            run.device.kernels().convert(&source, &mut there);
+            run.device.kernels().convert(&there, &mut back);
+            vec![there, back]
+        });
+    }
+}

@@ -1,54 +1,22 @@
-//! The portable kernels on the emulator against the processor's own. Without a compiler every test says so and passes.
+//! The emulator itself, and operations on it that [`crate::agreement`] does not compare. Without a compiler every test says
+//! so and passes.
 
-mod attention;
 mod groups;
 mod levels;
-mod rows;
 mod runner;
-mod steps;
 
 use std::cell::RefCell;
 
 use half::{bf16, f16};
 
 use super::*;
+use crate::agreement::{numbers, round};
 use crate::memory::Category;
+use crate::testing::emulator as emulated;
 use crate::{DType, Device, Tensor};
 
-/// Widths that fill vectors, SIMD groups and rows of a group, and that do not.
-const WIDTHS: [usize; 6] = [1, 7, 33, 64, 100, 513];
-const TYPES: [DType; 3] = [DType::F32, DType::Bf16, DType::F16];
 /// Columns between rows: none, odd, and as many as keep rows aligned.
 const PADDINGS: [usize; 3] = [0, 3, 8];
-
-/// A device whose order of threads the seed decides; `None` where there is no compiler.
-fn emulated(seed: u64) -> Option<Device> {
-    if has_compiler() {
-        return Some(Device::gpu(Arc::new(Emulator::new(seed))));
-    }
-    println!("skipped: no C++ compiler");
-    None
-}
-
-fn round(value: f32, dtype: DType) -> f32 {
-    match dtype {
-        DType::Bf16 => bf16::from_f32(value).to_f32(),
-        DType::F16 => f16::from_f32(value).to_f32(),
-        _ => value,
-    }
-}
-
-/// Numbers from -1 to 1.
-fn numbers(seed: u64, count: usize) -> Vec<f32> {
-    let mut state = (seed + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15);
-    let next = |_| {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        (state >> 40) as f32 / (1 << 23) as f32 - 1.0
-    };
-    (0..count).map(next).collect()
-}
 
 /// One computation on one device. The processor computes in f32 from the values as the other's type rounds them.
 struct Run<'a> {
@@ -96,15 +64,6 @@ impl Run<'_> {
         self.place(self.dtype, shape, self.padding, &rounded)
     }
 
-    /// As [`Self::tensor`], but for one row of zeros.
-    fn tensor_without(&self, seed: u64, shape: &[usize], row: usize) -> Tensor {
-        let columns: usize = shape[1..].iter().product();
-        let mut values = numbers(seed, shape[0] * columns);
-        values.iter_mut().for_each(|value| *value = round(*value, self.rounding));
-        values[row * columns..][..columns].fill(0.0);
-        self.place(self.dtype, shape, self.padding, &values)
-    }
-
     /// As [`Self::tensor`], without gaps.
     fn dense(&self, seed: u64, shape: &[usize]) -> Tensor {
         Run { padding: 0, pads: RefCell::default(), ..*self }.tensor(seed, shape)
@@ -119,10 +78,6 @@ impl Run<'_> {
     fn empty(&self, shape: &[usize]) -> Tensor {
         let values = vec![f32::NAN; shape.iter().product()];
         self.place(self.dtype, shape, self.padding, &values)
-    }
-
-    fn indices(&self, values: &[u32]) -> Tensor {
-        Tensor::from_slice(self.device, Category::Workspace, &[values.len()], values).unwrap()
     }
 }
 
@@ -176,4 +131,17 @@ fn check_padded(what: &str, dtype: DType, paddings: &[usize], work: &dyn Fn(&Run
 
 fn check(what: &str, dtype: DType, work: &dyn Fn(&Run<'_>) -> Vec<Tensor>) {
     check_padded(what, dtype, &PADDINGS, work);
+}
+
+#[test]
+fn a_device_goes_with_the_last_tensor_on_it() {
+    if !has_compiler() {
+        return println!("skipped: no C++ compiler");
+    }
+    let runtime = Arc::new(Emulator::new(1));
+    let device = Device::gpu(Arc::clone(&runtime) as Arc<dyn Runtime>);
+    assert!(crate::agreement::self_test(&device).iter().all(|outcome| outcome.passed()));
+    drop(device);
+    assert_eq!(Arc::strong_count(&runtime), 1, "the device's kernels keep it alive");
+    assert!(lock(&runtime.memory).is_empty(), "memory is left behind");
 }

@@ -1,0 +1,63 @@
+//! Attention over documents.
+
+use std::sync::Arc;
+
+use super::Inputs;
+use crate::Tensor;
+use crate::device::{AttentionMask, AttentionParameters, Segment};
+use crate::error::Result;
+
+/// Two heads to a key head, of a width that is in no vector.
+pub(super) const PLAIN: AttentionParameters = AttentionParameters {
+    query_heads: 4,
+    key_value_heads: 2,
+    key_width: 7,
+    value_width: 7,
+    scale: 0.8,
+    softcap: None,
+    window: None,
+    chunk: None,
+    causal: true,
+};
+
+/// Two documents and a row of none.
+fn segments() -> Arc<[Segment]> {
+    let segment = |start, length| Segment {
+        query_start: start,
+        query_length: length,
+        key_start: start,
+        key_length: length,
+    };
+    [segment(0, 6), segment(7, 4)].into()
+}
+
+const TOKENS: usize = 11;
+/// The row of no document.
+const LONE: usize = 6;
+
+/// Attention forward and backward.
+pub(super) fn attend(inputs: &Inputs<'_>, p: &AttentionParameters, has_sinks: bool) -> Result<Vec<Tensor>> {
+    let kernels = inputs.device.kernels();
+    let mask = AttentionMask::new(inputs.device, p, segments(), [TOKENS; 2])?;
+    let q_shape = [TOKENS, p.query_heads, p.key_width];
+    let k_shape = [TOKENS, p.key_value_heads, p.key_width];
+    let v_shape = [TOKENS, p.key_value_heads, p.value_width];
+    let out_shape = [TOKENS, p.query_heads, p.value_width];
+    let (q, k, v) = (inputs.tensor(1, &q_shape)?, inputs.tensor(2, &k_shape)?, inputs.tensor(3, &v_shape)?);
+    let sinks = has_sinks.then(|| inputs.floats(4, &[p.query_heads])).transpose()?;
+    let mut out = inputs.empty(&out_shape)?;
+    let mut logs = inputs.floats(5, &[TOKENS, p.query_heads])?;
+    kernels.attention(p, &mask, &q, &k, &v, sinks.as_ref(), &mut out, &mut logs);
+    // Any output will do for the backward pass, but that of a row of no document is zero; one that both devices have to
+    // the bit compares better.
+    let (given, d_out) = (inputs.tensor_without(6, &out_shape, LONE)?, inputs.tensor(7, &out_shape)?);
+    let (mut d_q, mut d_k, mut d_v) =
+        (inputs.empty(&q_shape)?, inputs.empty(&k_shape)?, inputs.empty(&v_shape)?);
+    let mut d_sinks = inputs.floats(8, &[p.query_heads])?;
+    let d_inputs = [&mut d_q, &mut d_k, &mut d_v];
+    let own = has_sinks.then_some(&mut d_sinks);
+    kernels.attention_backward(p, &mask, [&q, &k, &v], sinks.as_ref(), &given, &logs, &d_out, d_inputs, own);
+    // What is kept for a row of no document is a device's own affair.
+    let (before, behind) = (logs.slice_rows(0, LONE)?, logs.slice_rows(LONE + 1, TOKENS - LONE - 1)?);
+    Ok(vec![out, before, behind, d_q, d_k, d_v, d_sinks])
+}

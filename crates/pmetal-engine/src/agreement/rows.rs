@@ -1,0 +1,111 @@
+//! Kernels that work on rows.
+
+use super::Inputs;
+use crate::device::{GateActivation, NormWeight, RopePairing, RopeRows};
+use crate::error::Result;
+use crate::random::RandomKey;
+use crate::{DType, Tensor};
+
+const KEY: RandomKey = RandomKey { seed: 0x1234_5678_9ABC_DEF0, step: 7, stream: 3 };
+
+/// RMSNorm forward and backward, the latter stored and added; `None` has no weight.
+pub(super) fn norm(inputs: &Inputs<'_>, shape: &[usize], kind: Option<NormWeight>) -> Result<Vec<Tensor>> {
+    let kernels = inputs.device.kernels();
+    let width = shape[shape.len() - 1];
+    let weight = kind.map(|_| inputs.dense(2, &[width])).transpose()?;
+    let (weight, kind) = (weight.as_ref(), kind.unwrap_or(NormWeight::Plain));
+    let (x, d_out) = (inputs.tensor(1, shape)?, inputs.tensor(3, shape)?);
+    let (mut out, mut d_x, mut added) =
+        (inputs.empty(shape)?, inputs.empty(shape)?, inputs.tensor(4, shape)?);
+    kernels.rms_norm(&x, weight, kind, 1e-2, &mut out);
+    kernels.rms_norm_backward(&x, weight, kind, 1e-2, &d_out, Some((&mut d_x, false)), None);
+    let mut d_weight = inputs.floats(5, &[width])?;
+    let own = weight.map(|_| &mut d_weight);
+    kernels.rms_norm_backward(&x, weight, kind, 1e-2, &d_out, Some((&mut added, true)), own);
+    Ok(vec![out, d_x, added, d_weight])
+}
+
+/// Rotations forth and back.
+pub(super) fn rotation(
+    inputs: &Inputs<'_>,
+    width: usize,
+    pairing: RopePairing,
+    half: usize,
+) -> Result<Vec<Tensor>> {
+    let shape = [4, 3, width];
+    let (cosines, sines) = (inputs.floats(2, &[9, half])?, inputs.floats(3, &[9, half])?);
+    let rows = inputs.indices(&[8, 0, 3, 3])?;
+    let angles = RopeRows { cosines: &cosines, sines: &sines, rows: &rows, pairing };
+    let (mut forward, mut back) = (inputs.tensor(1, &shape)?, inputs.tensor(1, &shape)?);
+    inputs.device.kernels().rope(&mut forward, &angles, false);
+    inputs.device.kernels().rope(&mut back, &angles, true);
+    Ok(vec![forward, back])
+}
+
+/// Gated activations forward and backward.
+pub(super) fn gated(inputs: &Inputs<'_>, width: usize, activation: GateActivation) -> Result<Vec<Tensor>> {
+    let shape = [3, width];
+    let (gate, up, d_out) = (inputs.tensor(1, &shape)?, inputs.tensor(2, &shape)?, inputs.tensor(3, &shape)?);
+    let (mut out, mut d_gate, mut d_up) =
+        (inputs.empty(&shape)?, inputs.empty(&shape)?, inputs.empty(&shape)?);
+    let kernels = inputs.device.kernels();
+    kernels.gated(activation, &gate, &up, &mut out);
+    kernels.gated_backward(activation, &gate, &up, &d_out, &mut d_gate, &mut d_up);
+    Ok(vec![out, d_gate, d_up])
+}
+
+/// Embeddings and the gradient of their table, with and without an id that gets none.
+pub(super) fn embedding(inputs: &Inputs<'_>, width: usize) -> Result<Vec<Tensor>> {
+    let (table, ids) = (inputs.dense(1, &[11, width])?, inputs.indices(&[4, 0, 4, 10, 2, 4, 0])?);
+    let mut out = inputs.empty(&[7, width])?;
+    let kernels = inputs.device.kernels();
+    kernels.embedding(&ids, &table, 1.5, &mut out);
+    let d_out = inputs.tensor(2, &[7, width])?;
+    let (mut all, mut some) = (inputs.floats(3, &[11, width])?, inputs.floats(4, &[11, width])?);
+    kernels.embedding_backward(&ids, &d_out, 1.5, None, &mut all);
+    kernels.embedding_backward(&ids, &d_out, 1.5, Some(4), &mut some);
+    Ok(vec![out, all, some])
+}
+
+/// Sums, copies and choices of rows.
+pub(super) fn moved(inputs: &Inputs<'_>, width: usize) -> Result<Vec<Tensor>> {
+    let shape = [6, width];
+    let kernels = inputs.device.kernels();
+    let (x, other) = (inputs.tensor(1, &shape)?, inputs.tensor(2, &shape)?);
+    let mut sum = inputs.tensor(3, &shape)?;
+    kernels.add_assign(&mut sum, &x);
+    let mut wide = inputs.floats(4, &shape)?;
+    kernels.convert(&other, &mut wide);
+    let mut narrow = inputs.empty(&shape)?;
+    kernels.convert(&inputs.floats(5, &shape)?, &mut narrow);
+    let mut scaled = inputs.floats(6, &shape)?;
+    kernels.scale(&mut scaled, -0.7);
+    let mut columns = inputs.floats(7, &[width])?;
+    kernels.sum_rows(&x, &mut columns);
+    let mut gathered = inputs.empty(&[4, width])?;
+    kernels.gather_rows(&x, &inputs.indices(&[5, 0, 0, 3])?, &mut gathered);
+    let mut scattered = inputs.tensor(8, &shape)?;
+    kernels.scatter_rows(&gathered, &inputs.indices(&[2, 5, 1, 0])?, &mut scattered);
+    Ok(vec![sum, wide, narrow, scaled, columns, gathered, scattered])
+}
+
+/// The sum of many rows.
+#[cfg(test)]
+pub(super) fn sum_of_many(inputs: &Inputs<'_>) -> Result<Vec<Tensor>> {
+    let mut sums = inputs.floats(1, &[140])?;
+    inputs.device.kernels().sum_rows(&inputs.tensor(2, &[150, 140])?, &mut sums);
+    Ok(vec![sums])
+}
+
+/// Uniform numbers, and dropout stored and added. Zeros show where the masks differ: nothing else is near to them.
+pub(super) fn dropped(inputs: &Inputs<'_>, width: usize) -> Result<Vec<Tensor>> {
+    let kernels = inputs.device.kernels();
+    let shape = [5, width];
+    let x = inputs.dense(1, &shape)?;
+    let (mut out, mut added) = (inputs.dense(3, &shape)?, inputs.dense(2, &shape)?);
+    kernels.dropout(&x, 0.3, KEY, &mut out, false);
+    kernels.dropout(&x, 0.3, KEY, &mut added, true);
+    let mut uniform = inputs.place(DType::F32, &shape, 0, &vec![f32::NAN; 5 * width])?;
+    kernels.uniform(KEY, 0.25, &mut uniform);
+    Ok(vec![out, added, uniform])
+}

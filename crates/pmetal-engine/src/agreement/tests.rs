@@ -1,0 +1,288 @@
+//! Every group of kernels on every device, over widths that fill vectors, SIMD groups and rows of a group, and that do
+//! not.
+
+use super::*;
+use crate::device::gpu::emulator::PLANTED;
+use crate::device::{AdamWParameters, AttentionParameters, Sum};
+use crate::testing::{emulator, on_every_device};
+
+on_every_device! {
+    products_agree,
+    weight_gradients_agree,
+    norms_agree,
+    weight_gradients_of_many_rows_agree,
+    rotations_agree,
+    gated_activations_agree,
+    embeddings_agree,
+    sums_copies_and_choices_of_rows_agree,
+    random_numbers_and_dropped_elements_agree,
+    groups_of_heads_agree,
+    windows_and_sinks_agree,
+    caps_and_wide_heads_agree,
+    chunks_and_all_keys_agree,
+    losses_agree,
+    logits_of_no_number_make_the_loss_no_number,
+    steps_over_many_tensors_agree,
+    a_norm_that_is_not_finite_changes_nothing,
+    the_self_test_passes,
+}
+
+const WIDTHS: [usize; 6] = [1, 7, 33, 64, 100, 513];
+/// Columns between rows: none, odd, and as many as keep rows aligned.
+const PADDINGS: [usize; 3] = [0, 3, 8];
+
+fn types(device: &Device) -> &'static [DType] {
+    if device.is_host() { &[DType::F32, DType::Bf16] } else { &[DType::F32, DType::Bf16, DType::F16] }
+}
+
+fn for_widths(device: &Device, check: impl Fn(DType, usize)) {
+    for &dtype in types(device) {
+        WIDTHS.into_iter().for_each(|width| check(dtype, width));
+    }
+}
+
+/// A device computes what the plain loops compute, wherever rows lie; on the emulator to the bit in two orders of threads.
+fn check_padded(device: &Device, what: &str, dtype: DType, paddings: &[usize], work: &Work<'_>) {
+    let expected = expected(dtype, work).unwrap();
+    let paddings = if device.is_host() { &paddings[..1] } else { paddings };
+    for &padding in paddings {
+        let what = format!("{what}, {dtype}, {padding} columns between rows");
+        let actual = results(device, [dtype, dtype], padding, work).unwrap_or_else(|e| panic!("{what}: {e}"));
+        let (error, [result, index]) = largest_error(&actual, &expected);
+        let (ours, theirs) = (actual[result].get(index), expected[result].get(index));
+        assert!(
+            error <= tolerance(dtype),
+            "{what}: error {error:.1e}: {ours:?} instead of {theirs:?} at {index} of result {result}"
+        );
+        if device.name() == "emulator" {
+            let other = emulator(2).unwrap();
+            let again = results(&other, [dtype, dtype], padding, work).unwrap();
+            let bits = |all: &[Vec<f32>]| -> Vec<u32> { all.iter().flatten().map(|x| x.to_bits()).collect() };
+            assert!(bits(&actual) == bits(&again), "{what}: another order of threads has other bits");
+        }
+    }
+}
+
+fn check(device: &Device, what: &str, dtype: DType, work: &Work<'_>) {
+    check_padded(device, what, dtype, &PADDINGS, work);
+}
+
+fn weight_gradients_agree(device: &Device) {
+    for &dtype in types(device) {
+        for width in [1, 7, 33, 64, 130] {
+            let work = |inputs: &Inputs<'_>| products::weight_gradients(inputs, width);
+            check(device, "gradients of weights", dtype, &work);
+        }
+    }
+}
+
+fn products_agree(device: &Device) {
+    for &dtype in types(device) {
+        for size in [[1, 1, 1], [1, 33, 40], [5, 1, 7], [3, 16, 8], [17, 40, 33], [64, 64, 64]] {
+            check(device, &format!("product {size:?}"), dtype, &|inputs| products::product(inputs, size));
+        }
+    }
+}
+
+fn norms_agree(device: &Device) {
+    for_widths(device, |dtype, width| {
+        for kind in [None, Some(NormWeight::Plain), Some(NormWeight::PlusOne)] {
+            check(device, &format!("norm of {width}, {kind:?}"), dtype, &|inputs| {
+                rows::norm(inputs, &[5, width], kind)
+            });
+        }
+    });
+    let plain = Some(NormWeight::Plain);
+    check(device, "norm of heads", DType::Bf16, &|inputs| rows::norm(inputs, &[5, 3, 40], plain));
+    // More than one row of threads can hold.
+    check(device, "long norm", DType::Bf16, &|inputs| rows::norm(inputs, &[2, 33_000], plain));
+}
+
+fn weight_gradients_of_many_rows_agree(device: &Device) {
+    let plain = Some(NormWeight::Plain);
+    check(device, "norm of 150 rows", DType::F32, &|inputs| rows::norm(inputs, &[150, 33], plain));
+}
+
+fn rotations_agree(device: &Device) {
+    for &dtype in types(device) {
+        for width in [2, 12, 64, 100, 256] {
+            for (pairing, half) in [
+                (RopePairing::Halves, width / 2),
+                (RopePairing::Neighbours, width / 2),
+                (RopePairing::Halves, (width / 4).max(1)),
+            ] {
+                check(device, &format!("rope {width} {pairing:?} {half}"), dtype, &|inputs| {
+                    rows::rotation(inputs, width, pairing, half)
+                });
+            }
+        }
+    }
+}
+
+fn gated_activations_agree(device: &Device) {
+    for_widths(device, |dtype, width| {
+        for activation in [GateActivation::Silu, GateActivation::GeluTanh] {
+            check(device, &format!("gated {width} {activation:?}"), dtype, &|inputs| {
+                rows::gated(inputs, width, activation)
+            });
+        }
+    });
+}
+
+fn embeddings_agree(device: &Device) {
+    for_widths(device, |dtype, width| {
+        check(device, &format!("embedding {width}"), dtype, &|inputs| rows::embedding(inputs, width));
+    });
+}
+
+fn sums_copies_and_choices_of_rows_agree(device: &Device) {
+    for_widths(device, |dtype, width| {
+        check(device, &format!("rows of {width}"), dtype, &|inputs| rows::moved(inputs, width));
+    });
+    check(device, "sum of 150 rows", DType::F32, &rows::sum_of_many);
+}
+
+fn random_numbers_and_dropped_elements_agree(device: &Device) {
+    for_widths(device, |dtype, width| {
+        check_padded(device, &format!("dropout {width}"), dtype, &[0], &|inputs| {
+            rows::dropped(inputs, width)
+        });
+    });
+}
+
+fn attention_agrees(device: &Device, parameters: AttentionParameters, sinks: bool) {
+    for &dtype in types(device) {
+        check(device, &format!("{parameters:?}, sinks {sinks}"), dtype, &|inputs| {
+            attention::attend(inputs, &parameters, sinks)
+        });
+    }
+}
+
+fn groups_of_heads_agree(device: &Device) {
+    attention_agrees(device, attention::PLAIN, false);
+    attention_agrees(
+        device,
+        AttentionParameters { query_heads: 1, key_value_heads: 1, ..attention::PLAIN },
+        true,
+    );
+}
+
+fn windows_and_sinks_agree(device: &Device) {
+    attention_agrees(
+        device,
+        AttentionParameters { window: Some(3), value_width: 12, ..attention::PLAIN },
+        true,
+    );
+}
+
+fn caps_and_wide_heads_agree(device: &Device) {
+    let wide = AttentionParameters { key_width: 64, value_width: 100, scale: 0.3, ..attention::PLAIN };
+    attention_agrees(device, AttentionParameters { softcap: Some(0.7), ..wide }, false);
+}
+
+fn chunks_and_all_keys_agree(device: &Device) {
+    let odd = AttentionParameters { query_heads: 3, key_value_heads: 3, ..attention::PLAIN };
+    attention_agrees(device, AttentionParameters { chunk: Some(2), ..odd }, true);
+    let few = AttentionParameters { query_heads: 2, key_value_heads: 1, ..attention::PLAIN };
+    attention_agrees(device, AttentionParameters { causal: false, ..few }, false);
+}
+
+fn losses_agree(device: &Device) {
+    let plain = CrossEntropyParameters { logit_scale: 1.0, softcap: None, gradient_scale: 0.25 };
+    let capped = CrossEntropyParameters { logit_scale: 6.0, softcap: Some(3.0), gradient_scale: 2.0 };
+    for_widths(device, |dtype, width| {
+        for parameters in [plain, capped] {
+            check_padded(device, &format!("loss of {width}, {parameters:?}"), dtype, &[0], &|inputs| {
+                steps::cross_entropy(inputs, width, &parameters)
+            });
+        }
+    });
+}
+
+fn logits_of_no_number_make_the_loss_no_number(device: &Device) {
+    for width in [64, 65] {
+        let mut values = numbers(1, 2 * width);
+        values[width + 3] = f32::NAN;
+        let logits = Tensor::from_slice(device, Category::Workspace, &[2, width], &values).unwrap();
+        let labels = Tensor::from_slice(device, Category::Workspace, &[2], &[1_i32, 5]).unwrap();
+        let mut sum = Sum::new(device).unwrap();
+        let parameters = CrossEntropyParameters { logit_scale: 1.0, softcap: None, gradient_scale: 1.0 };
+        device.kernels().cross_entropy(logits, &labels, &parameters, &mut sum, DType::F32).unwrap();
+        assert!(sum.read().unwrap().is_nan());
+    }
+}
+
+fn steps_over_many_tensors_agree(device: &Device) {
+    for &dtype in types(device) {
+        // One by one; eight at a time over more than one piece; rows that eight does not divide.
+        for first in [[7, 33], [24, 400], [40, 4], [32, 129]] {
+            let work = |inputs: &Inputs<'_>| steps::stepped(inputs, first, steps::CONSTANTS, false, None);
+            check(device, "a step", dtype, &work);
+        }
+    }
+    for max_norm in [0.0, 0.5, 1e6] {
+        let constants = AdamWParameters { max_norm, ..steps::CONSTANTS };
+        check(device, "a clipped step", DType::F32, &|inputs| {
+            steps::stepped(inputs, [7, 33], constants, true, None)
+        });
+    }
+}
+
+fn a_norm_that_is_not_finite_changes_nothing(device: &Device) {
+    let constants = AdamWParameters { max_norm: 1.0, ..steps::CONSTANTS };
+    for poison in [f32::NAN, f32::INFINITY] {
+        let work = |inputs: &Inputs<'_>| steps::stepped(inputs, [7, 33], constants, true, Some(poison));
+        check(device, "a refused step", DType::F32, &work);
+        let values = results(device, [DType::F32; 2], 0, &work).unwrap();
+        assert_eq!(values[0], numbers(0, 231));
+    }
+}
+
+fn the_self_test_passes(device: &Device) {
+    let outcomes = self_test(device);
+    assert_eq!(outcomes.len(), 22);
+    for outcome in &outcomes {
+        assert!(outcome.passed(), "{outcome:?}");
+    }
+    // What is rounded to 8 bits is not what was computed.
+    assert!(outcomes.iter().any(|outcome| outcome.largest_error > 1e-4), "{outcomes:?}");
+}
+
+#[test]
+fn a_wrong_kernel_fails_the_test_of_its_group_alone() {
+    let Some(device) = emulator(1) else { return };
+    for (group, right, wrong) in [
+        ("embeddings", "sum += scale * widen(d_out", "sum += widen(d_out"),
+        ("norms", "/ (float)width + epsilon", "/ (float)(width + 1) + epsilon"),
+        ("rotations", "b * cosine + a * sine", "b * cosine - a * sine"),
+        ("attention", "p * (d_p - deltas[row]) * slope", "p * d_p * slope"),
+        ("activations", "slope = gate * (1.0f + x * (1.0f - gate))", "slope = gate"),
+        ("rows", "x + (ulong64)indices[GROUP_X] * pitch", "x + (ulong64)GROUP_X * pitch"),
+        ("random numbers", "round < 10", "round < 9"),
+        ("losses", "logarithm(sum) + top - target", "logarithm(sum) - target"),
+        ("optimizer", "square_root(square) / control[7]", "square_root(square)"),
+    ] {
+        PLANTED.set(Some((right, wrong)));
+        let outcomes = self_test(&device);
+        PLANTED.set(None);
+        let mut failed: Vec<&str> =
+            outcomes.iter().filter(|outcome| !outcome.passed()).map(|outcome| outcome.kernels).collect();
+        failed.dedup();
+        assert_eq!(failed, [group], "with `{wrong}`");
+    }
+}
+
+#[test]
+fn a_device_that_fails_is_no_device_that_agrees() {
+    let Some(device) = emulator(1) else { return };
+    // The end of a SIMD group's work is missing for some of its lanes.
+    PLANTED.set(Some((
+        "uint t = GROUP_X, head = GROUP_Y, heads",
+        "if (THREAD == 3) return; uint t = GROUP_X, head = GROUP_Y, heads",
+    )));
+    let outcomes = self_test(&device);
+    PLANTED.set(None);
+    let attention = outcomes.iter().find(|outcome| outcome.kernels == "attention").unwrap();
+    assert!(!attention.passed() && attention.largest_error.is_nan());
+    assert!(attention.failure.as_ref().unwrap().contains("attention_forward"), "{attention:?}");
+}
