@@ -17,10 +17,11 @@ macro_rules! module {
 }
 
 /// The portable kernels.
-static MODULES: [ModuleText; 7] = [
+static MODULES: [ModuleText; 8] = [
     module!("attention"),
     module!("elementwise"),
     module!("gated"),
+    module!("gemv"),
     module!("loss"),
     module!("norm"),
     module!("optimizer"),

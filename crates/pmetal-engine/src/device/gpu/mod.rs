@@ -8,6 +8,7 @@ mod attention;
 pub(crate) mod cuda;
 #[cfg(test)]
 mod emulator;
+mod gemv;
 mod launch;
 mod optimizer;
 mod products;
@@ -131,7 +132,11 @@ impl Kernels for Gpu {
         finish: &Finish<'_>,
         arithmetic: Arithmetic,
     ) -> Result<()> {
-        self.multiply(products, out, finish, arithmetic)
+        match gemv::Gemv::of(products, out, finish) {
+            Some(gemv) => gemv.launch(self.runtime.as_ref(), out),
+            None => return self.multiply(products, out, finish, arithmetic),
+        }
+        Ok(())
     }
 
     fn embedding(&self, ids: &Tensor, table: &Tensor, scale: f32, out: &mut Tensor) {

@@ -1,0 +1,96 @@
+// Products of a few rows with the rows of a matrix: out [M, N] = scale * (x [M, K] w^T [K, N] + x2 [M, K2] w2^T [K2, N])
+// + bias + residual, for M <= ROWS, summed in f32 in an order that the defines and K alone decide.
+//
+// x, x2 SOURCE; w [N, K], w2 [N, K2] WEIGHT; bias f32 [N] or null; out and residual (null, or `out` to add to it) ELEMENT; each
+// with a pitch in elements. K2 = 0: one product. ROWS 1, 2, 4 or 8; a SIMD group computes FEATURES columns of out, SPLITS SIMD
+// groups (a divisor of GEMV_GROUPS) divide the inner dimension among them, and a lane has DEPTH * FEATURES loads of 16 bytes
+// under way. ALIGNED: K, K2, pitches and addresses of x and w are multiples of 8 elements and 16 bytes.
+// Grid ceil(N / (FEATURES * GEMV_GROUPS / SPLITS)), group 32 * GEMV_GROUPS. Bytes: w once; 2 M flops an element of w.
+
+#define GEMV_GROUPS 8
+
+#ifndef load_eight_once
+#define load_eight_once load_eight
+#endif
+
+struct GemvSums { float v[ROWS][FEATURES]; };
+
+// Adds the products of one pair of matrices over this SIMD group's part of the inner dimension.
+DEVICE void add_products(
+    GemvSums& sums, const GLOBAL SOURCE* x, const GLOBAL WEIGHT* w, uint inner, uint x_pitch, uint w_pitch, uint rows,
+    uint first, uint features, uint split, uint lane) {
+    const uint stride = SPLITS * 256;
+    for (uint start = split * 256; start < inner; start += DEPTH * stride) {
+#if ALIGNED
+        Eight weights[DEPTH][FEATURES];
+        UNROLL for (uint d = 0; d < DEPTH; ++d) {
+            uint k = start + d * stride + lane * 8;
+            UNROLL for (uint f = 0; f < FEATURES; ++f) {
+                uint feature = first + f < features ? first + f : features - 1;
+                if (k < inner) weights[d][f] = load_eight_once(w + (ulong64)feature * w_pitch + k);
+            }
+        }
+        UNROLL for (uint d = 0; d < DEPTH; ++d) {
+            uint k = start + d * stride + lane * 8;
+            if (k >= inner) continue;
+            UNROLL for (uint m = 0; m < ROWS; ++m) {
+                Eight a = load_eight(x + (ulong64)(m < rows ? m : rows - 1) * x_pitch + k);
+                UNROLL for (uint f = 0; f < FEATURES; ++f) {
+                    UNROLL for (uint j = 0; j < 8; ++j) sums.v[m][f] += a.v[j] * weights[d][f].v[j];
+                }
+            }
+        }
+#else
+        for (uint d = 0; d < DEPTH; ++d) {
+            for (uint j = 0; j < 8; ++j) {
+                uint k = start + d * stride + j * 32 + lane;
+                if (k >= inner) continue;
+                for (uint f = 0; f < FEATURES; ++f) {
+                    uint feature = first + f < features ? first + f : features - 1;
+                    float weight = widen(w[(ulong64)feature * w_pitch + k]);
+                    for (uint m = 0; m < ROWS; ++m) {
+                        sums.v[m][f] += widen(x[(ulong64)(m < rows ? m : rows - 1) * x_pitch + k]) * weight;
+                    }
+                }
+            }
+        }
+#endif
+    }
+}
+
+KERNEL(gemv)(
+    const GLOBAL SOURCE* x, const GLOBAL WEIGHT* w, const GLOBAL SOURCE* x2, const GLOBAL WEIGHT* w2,
+    const GLOBAL float* bias, const GLOBAL ELEMENT* residual, GLOBAL ELEMENT* out, SCALAR(uint, rows),
+    SCALAR(uint, features), SCALAR(uint, inner), SCALAR(uint, x_pitch), SCALAR(uint, w_pitch), SCALAR(uint, inner2),
+    SCALAR(uint, x2_pitch), SCALAR(uint, w2_pitch), SCALAR(uint, residual_pitch), SCALAR(uint, out_pitch),
+    SCALAR(float, scale)) {
+    SHARED float parts[GEMV_GROUPS][ROWS * FEATURES];
+    const uint per_group = GEMV_GROUPS / SPLITS * FEATURES;
+    uint simd = THREAD / 32, lane = THREAD % 32;
+    uint first = GROUP_X * per_group + simd / SPLITS * FEATURES, split = simd % SPLITS;
+    GemvSums sums;
+    for (uint m = 0; m < ROWS; ++m) {
+        for (uint f = 0; f < FEATURES; ++f) sums.v[m][f] = 0.0f;
+    }
+    if (first < features) {
+        add_products(sums, x, w, inner, x_pitch, w_pitch, rows, first, features, split, lane);
+        if (inner2 > 0) add_products(sums, x2, w2, inner2, x2_pitch, w2_pitch, rows, first, features, split, lane);
+    }
+    UNROLL for (uint m = 0; m < ROWS; ++m) {
+        UNROLL for (uint f = 0; f < FEATURES; ++f) {
+            float sum = simd_sum(sums.v[m][f]);
+            if (lane == 0) parts[simd][m * FEATURES + f] = sum;
+        }
+    }
+    BARRIER();
+    for (uint index = THREAD; index < ROWS * per_group; index += THREADS) {
+        uint m = index / per_group, column = index % per_group, n = GROUP_X * per_group + column;
+        if (m >= rows || n >= features) continue;
+        float sum = 0.0f;
+        for (uint s = 0; s < SPLITS; ++s) sum += parts[column / FEATURES * SPLITS + s][m * FEATURES + column % FEATURES];
+        sum *= scale;
+        if (bias) sum += bias[n];
+        if (residual) sum += widen(residual[(ulong64)m * residual_pitch + n]);
+        narrow(sum, out + (ulong64)m * out_pitch + n);
+    }
+}
