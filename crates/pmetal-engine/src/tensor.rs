@@ -206,6 +206,16 @@ impl Tensor {
         }
     }
 
+    /// Overwrites a device's memory that others hold handles to as well: for those who know that work in the order of the
+    /// device is to read the new elements.
+    pub(crate) fn write_shared<T: Scalar>(&self, values: &[T]) {
+        assert!(
+            T::DTYPE == self.dtype && values.len() == self.elements() && self.part.is_none(),
+            "invariant: a tensor is written as a whole"
+        );
+        self.device().remote().upload(bytemuck::cast_slice(values), self.address());
+    }
+
     /// [`Self::write_bytes`] of elements.
     ///
     /// # Panics

@@ -108,4 +108,5 @@ DEVICE float reciprocal_root(float x) { return rsqrtf(x); }
 DEVICE float hyperbolic_tangent(float x) { return tanhf(x); }
 DEVICE float maximum(float a, float b) { return fmaxf(a, b); }
 DEVICE uint multiply_high(uint a, uint b) { return __umulhi(a, b); }
+DEVICE void atomic_add(SHARED_POINTER(uint) p, uint x) { atomicAdd(p, x); }
 #define INFINITE __int_as_float(0x7f800000)

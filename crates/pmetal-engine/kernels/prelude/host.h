@@ -110,4 +110,6 @@ DEVICE float reciprocal_root(float x) { return 1.0f / sqrtf(x); }
 DEVICE float hyperbolic_tangent(float x) { return tanhf(x); }
 DEVICE float maximum(float a, float b) { return fmaxf(a, b); }
 DEVICE uint multiply_high(uint a, uint b) { return (uint)(((ulong64)a * b) >> 32); }
+// Fibres change places at barriers alone.
+DEVICE void atomic_add(SHARED_POINTER(uint) p, uint x) { *p += x; }
 #define INFINITE as_float(0x7f800000u)

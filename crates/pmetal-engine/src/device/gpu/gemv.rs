@@ -94,13 +94,11 @@ impl<'a> Gemv<'a> {
 
     pub(super) fn launch(&self, runtime: &dyn Runtime, out: &mut Tensor) {
         let (x, w, inner) = self.products[0];
-        let (x2, w2, inner2) = self.products.get(1).copied().map_or((None, None, 0), |(x, w, inner)| {
-            (Some(x), Some(w), inner)
-        });
+        let (x2, w2, inner2) =
+            self.products.get(1).copied().map_or((None, None, 0), |(x, w, inner)| (Some(x), Some(w), inner));
         let form = Form::new(self.rows, inner, w.dtype().bytes());
-        let is_aligned = |tensor: &Tensor| {
-            pitch(tensor).is_multiple_of(8) && tensor.address().is_multiple_of(16)
-        };
+        let is_aligned =
+            |tensor: &Tensor| pitch(tensor).is_multiple_of(8) && tensor.address().is_multiple_of(16);
         let aligned = inner.is_multiple_of(8)
             && inner2.is_multiple_of(8)
             && [Some(x), Some(w), x2, w2].into_iter().flatten().all(is_aligned);

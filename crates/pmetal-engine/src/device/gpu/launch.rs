@@ -17,7 +17,7 @@ macro_rules! module {
 }
 
 /// The portable kernels.
-static MODULES: [ModuleText; 8] = [
+static MODULES: [ModuleText; 9] = [
     module!("attention"),
     module!("elementwise"),
     module!("gated"),
@@ -26,6 +26,7 @@ static MODULES: [ModuleText; 8] = [
     module!("norm"),
     module!("optimizer"),
     module!("rope"),
+    module!("sampler"),
 ];
 
 fn portable(name: &str) -> &'static ModuleText {

@@ -13,6 +13,7 @@ mod launch;
 mod optimizer;
 mod products;
 pub(crate) mod runtime;
+mod sampler;
 
 use std::sync::Arc;
 
@@ -28,6 +29,7 @@ use super::{
 };
 use crate::error::Result;
 use crate::memory::Category;
+use crate::ops::{Cursor, SampleOptions};
 use crate::random::RandomKey;
 use crate::{DType, Tensor};
 
@@ -429,6 +431,10 @@ impl Kernels for Gpu {
 
     fn sum_of_squares(&self, tensors: &[&Tensor], sum: &mut Sum) {
         self.add_squares(tensors, sum);
+    }
+
+    fn sample(&self, logits: &Tensor, options: &SampleOptions, cursor: &Cursor) -> Result<()> {
+        self.choose(logits, &options.constants(logits.columns()), cursor)
     }
 
     fn adamw(&self, entries: &mut [AdamWEntry<'_>], control: &AdamWControl, squares: Option<&Sum>) {

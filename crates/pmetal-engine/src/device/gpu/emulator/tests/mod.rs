@@ -5,6 +5,7 @@ mod gemv;
 mod groups;
 mod rows;
 mod runner;
+mod sampler;
 mod steps;
 
 use std::cell::RefCell;
