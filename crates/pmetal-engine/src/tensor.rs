@@ -367,6 +367,18 @@ impl Tensor {
         outcome
     }
 
+    /// Lets `write` have a contiguous tensor under another shape of as many elements.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] when the number of elements differs.
+    pub fn with_shape<T>(&mut self, shape: &[usize], write: impl FnOnce(&mut Self) -> T) -> Result<T> {
+        let other = self.reshape(shape)?.shape;
+        let own = std::mem::replace(&mut self.shape, other);
+        let outcome = write(self);
+        self.shape = own;
+        Ok(outcome)
+    }
+
     /// The elements of a host tensor.
     ///
     /// # Panics

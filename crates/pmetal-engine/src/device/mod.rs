@@ -55,6 +55,14 @@ impl Device {
         Ok(Self::gpu(Arc::new(gpu::cuda::Cuda::open(&options)?)))
     }
 
+    /// A device that runs the portable GPU kernels on the host, in an order of threads that the seed decides, for tests;
+    /// `None` where there is no C++ compiler to build them with.
+    #[cfg(any(test, feature = "emulator"))]
+    pub fn emulator(seed: u64) -> Option<Self> {
+        use gpu::emulator::{Emulator, has_compiler};
+        has_compiler().then(|| Self::gpu(Arc::new(Emulator::new(seed))))
+    }
+
     /// A GPU behind its driver.
     pub(crate) fn gpu(runtime: Arc<dyn gpu::Runtime>) -> Self {
         Self(Arc::new(DeviceState {

@@ -17,7 +17,7 @@ mod tests;
 
 pub use attention::{attention, attention_with_spare};
 pub use cursor::{Cursor, sample};
-pub use embedding::{check_ids, embedding};
+pub use embedding::{check_ids, embedding, scatter_rows};
 pub use gated::{gated, gated_with_spare};
 pub use linear::{Dropout, Linear, LinearOptions, Lora, linear, project};
 pub use linear_group::{LinearGroup, linear_group};

@@ -4,6 +4,8 @@
 //! that a seed decides and reports those that miss a barrier.
 
 mod products;
+mod recording;
+#[cfg(test)]
 mod tests;
 
 use std::alloc::Layout;
@@ -21,6 +23,7 @@ use sha2::Digest;
 use super::runtime::{Argument, DeviceFacts, Gemm, Launch, ModuleText, Replay, Runtime};
 use crate::device::KernelTime;
 use crate::error::{Error, Result};
+use recording::{Operation, OwnedLaunch, Recorded};
 
 const PRELUDE: &str = include_str!("../../../kernels/prelude/host.h");
 const RUNNER: &str = include_str!("../../../kernels/host/runner.cpp");
@@ -41,7 +44,7 @@ fn failed(call: impl Into<String>, reason: impl Into<String>) -> Error {
 }
 
 /// Whether there is a compiler to build kernels with, and fibres to run them.
-pub(super) fn has_compiler() -> bool {
+pub(crate) fn has_compiler() -> bool {
     cfg!(unix) && Command::new("c++").arg("--version").output().is_ok_and(|output| output.status.success())
 }
 
@@ -59,20 +62,41 @@ struct HostLaunch {
 type Entry = unsafe extern "C" fn(*const HostLaunch) -> *const c_char;
 
 /// The host as a device. Work is done when it is asked for.
-pub(super) struct Emulator {
+pub(crate) struct Emulator {
+    core: Arc<Core>,
+    /// What is recorded instead of being done.
+    recording: Mutex<Option<Vec<Operation>>>,
+}
+
+/// What recordings share with their emulator.
+struct Core {
     seed: u64,
     launches: AtomicU64,
     /// Sizes of what is allocated.
     memory: Mutex<HashMap<u64, usize>>,
+    /// What was freed since a recording began, whose replays go on to use it.
+    kept: Mutex<Option<Vec<u64>>>,
     failure: Mutex<Option<(String, String)>>,
 }
 
 impl Emulator {
     /// A device whose threads and groups run in an order that the seed decides.
-    pub(super) fn new(seed: u64) -> Self {
-        Self { seed, launches: AtomicU64::new(0), memory: Mutex::default(), failure: Mutex::default() }
+    pub(crate) fn new(seed: u64) -> Self {
+        let (launches, memory) = (AtomicU64::new(0), Mutex::default());
+        let core = Core { seed, launches, memory, kept: Mutex::default(), failure: Mutex::default() };
+        Self { core: Arc::new(core), recording: Mutex::default() }
     }
 
+    /// Does it, or records it.
+    fn enqueue(&self, operation: impl Fn(&Core) + Send + 'static) {
+        match lock(&self.recording).as_mut() {
+            Some(operations) => operations.push(Box::new(operation)),
+            None => operation(&self.core),
+        }
+    }
+}
+
+impl Core {
     fn keep(&self, result: Result<()>) {
         if let Err(Error::Driver { call, reason, .. }) = result {
             lock(&self.failure).get_or_insert((call, reason));
@@ -114,6 +138,33 @@ impl Emulator {
         }
         // SAFETY: a message is a string in the module, which is locked.
         Err(fail(unsafe { CStr::from_ptr(message) }.to_string_lossy().into_owned()))
+    }
+
+    fn launch(&self, launch: &Launch<'_>) {
+        // What follows a failure would work on what it left.
+        if !launch.grid.contains(&0) && self.failure().is_ok() {
+            self.keep(self.try_launch(launch));
+        }
+    }
+
+    /// Gives memory back, whose guard must be as it was.
+    fn release(&self, address: u64) {
+        let Some(bytes) = lock(&self.memory).remove(&address) else {
+            return self.keep(Err(failed("freeing memory", "it is not allocated")));
+        };
+        let layout = Layout::from_size_align(bytes + GUARD, 256).expect("invariant: it was allocated so");
+        let start = address as *mut u8;
+        // SAFETY: the range was allocated with this layout and its guard was initialised.
+        let intact = unsafe {
+            let guard = std::slice::from_raw_parts(start.add(bytes), GUARD);
+            let intact = guard.iter().all(|&byte| byte == GUARD_BYTE);
+            std::alloc::dealloc(start, layout);
+            intact
+        };
+        if !intact {
+            // Nobody may ask for the failure after the last tensor is gone.
+            assert!(std::thread::panicking(), "a kernel wrote behind an allocation of {bytes} bytes");
+        }
     }
 }
 
@@ -203,7 +254,7 @@ impl Runtime for Emulator {
     }
 
     fn memory(&self) -> Result<(usize, usize)> {
-        let taken: usize = lock(&self.memory).values().sum();
+        let taken: usize = lock(&self.core.memory).values().sum();
         Ok(((1_usize << 30).saturating_sub(taken), 1 << 30))
     }
 
@@ -220,43 +271,37 @@ impl Runtime for Emulator {
             start.add(bytes).write_bytes(GUARD_BYTE, GUARD);
             start as u64
         };
-        lock(&self.memory).insert(address, bytes);
+        lock(&self.core.memory).insert(address, bytes);
         Some(address)
     }
 
     fn free(&self, address: u64, _bytes: usize) {
-        let Some(bytes) = lock(&self.memory).remove(&address) else {
-            return self.fail("freeing memory", "it is not allocated");
-        };
-        let layout = Layout::from_size_align(bytes + GUARD, 256).expect("invariant: it was allocated so");
-        let start = address as *mut u8;
-        // SAFETY: the range was allocated with this layout and its guard was initialised.
-        let intact = unsafe {
-            let guard = std::slice::from_raw_parts(start.add(bytes), GUARD);
-            let intact = guard.iter().all(|&byte| byte == GUARD_BYTE);
-            std::alloc::dealloc(start, layout);
-            intact
-        };
-        if !intact {
-            // Nobody may ask for the failure after the last tensor is gone.
-            assert!(std::thread::panicking(), "a kernel wrote behind an allocation of {bytes} bytes");
+        match lock(&self.core.kept).as_mut() {
+            Some(kept) => kept.push(address),
+            None => self.core.release(address),
         }
     }
 
     fn upload(&self, bytes: &[u8], address: u64) {
+        if lock(&self.recording).is_some() {
+            return self.fail("copying to the device", "a replay would read the source again");
+        }
         // SAFETY: the caller owns the target.
         unsafe { (address as *mut u8).copy_from(bytes.as_ptr(), bytes.len()) };
     }
 
     fn download(&self, address: u64, bytes: &mut [u8]) -> Result<()> {
+        if lock(&self.recording).is_some() {
+            return Err(failed("copying from the device", "nothing that is recorded has run yet"));
+        }
         // SAFETY: the caller owns the source.
         unsafe { (address as *const u8).copy_to(bytes.as_mut_ptr(), bytes.len()) };
-        self.failure()
+        self.core.failure()
     }
 
     fn copy(&self, source: u64, target: u64, bytes: usize) {
-        // SAFETY: the caller owns both ranges.
-        unsafe { (source as *const u8).copy_to(target as *mut u8, bytes) };
+        // SAFETY: the caller owns both ranges, also when a recording is replayed.
+        self.enqueue(move |_| unsafe { (source as *const u8).copy_to(target as *mut u8, bytes) });
     }
 
     fn copy_rows(&self, source: (u64, usize), target: (u64, usize), row_bytes: usize, rows: usize) {
@@ -266,41 +311,50 @@ impl Runtime for Emulator {
     }
 
     fn fill(&self, address: u64, byte: u8, bytes: usize) {
-        // SAFETY: the caller owns the range.
-        unsafe { (address as *mut u8).write_bytes(byte, bytes) };
+        // SAFETY: the caller owns the range, also when a recording is replayed.
+        self.enqueue(move |_| unsafe { (address as *mut u8).write_bytes(byte, bytes) });
     }
 
     fn launch(&self, launch: &Launch<'_>) {
-        // What follows a failure would work on what it left.
-        if !launch.grid.contains(&0) && self.failure().is_ok() {
-            self.keep(self.try_launch(launch));
-        }
+        let launch = OwnedLaunch::new(launch);
+        self.enqueue(move |core| launch.run(core));
     }
 
     fn gemm(&self, gemm: &Gemm) -> Result<()> {
-        products::multiply(gemm);
+        let gemm = *gemm;
+        self.enqueue(move |_| products::multiply(&gemm));
         Ok(())
     }
 
     fn begin_recording(&self) -> Result<bool> {
-        Ok(false)
+        let mut recording = lock(&self.recording);
+        if recording.is_some() {
+            return Err(failed("beginning a recording", "another one goes on"));
+        }
+        (*recording, *lock(&self.core.kept)) = (Some(Vec::new()), Some(Vec::new()));
+        Ok(true)
     }
 
     fn end_recording(&self) -> Result<Box<dyn Replay>> {
-        Err(failed("ending a recording", "none was begun"))
+        let operations = lock(&self.recording).take();
+        let memory = lock(&self.core.kept).take().unwrap_or_default();
+        let operations = operations.ok_or_else(|| failed("ending a recording", "none was begun"))?;
+        let recorded = Recorded { core: Arc::clone(&self.core), operations, memory };
+        self.core.failure()?;
+        Ok(Box::new(recorded))
     }
 
     fn start_profile(&self) {}
 
     fn end_profile(&self) -> Result<Vec<KernelTime>> {
-        self.failure().map(|()| Vec::new())
+        self.core.failure().map(|()| Vec::new())
     }
 
     fn fail(&self, call: &'static str, reason: &str) {
-        self.keep(Err(failed(call, reason)));
+        self.core.keep(Err(failed(call, reason)));
     }
 
     fn synchronize(&self) -> Result<()> {
-        self.failure()
+        self.core.failure()
     }
 }

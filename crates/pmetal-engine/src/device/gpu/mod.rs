@@ -6,8 +6,8 @@
 
 mod attention;
 pub(crate) mod cuda;
-#[cfg(test)]
-mod emulator;
+#[cfg(any(test, feature = "emulator"))]
+pub(crate) mod emulator;
 mod gemv;
 mod launch;
 mod optimizer;
