@@ -15,47 +15,45 @@
 
 struct GemvSums { float v[ROWS][FEATURES]; };
 
-// Adds the products of one pair of matrices over this SIMD group's part of the inner dimension.
+// Adds the products of one pair of matrices over this SIMD group's part of the inner dimension. Loads are made without a
+// branch, by lanes that have nothing to load as well, so that all are under way together; the code is kept short because
+// between two tokens everything else went through the caches.
 DEVICE void add_products(
     GemvSums& sums, const GLOBAL SOURCE* x, const GLOBAL WEIGHT* w, uint inner, uint x_pitch, uint w_pitch, uint rows,
     uint first, uint features, uint split, uint lane) {
     const uint stride = SPLITS * 256;
-    for (uint start = split * 256; start < inner; start += DEPTH * stride) {
+    ulong64 offsets[FEATURES];
+    UNROLL for (uint f = 0; f < FEATURES; ++f) {
+        offsets[f] = (ulong64)(first + f < features ? first + f : features - 1) * w_pitch;
+    }
 #if ALIGNED
+    ROLLED for (uint start = split * 256 + lane * 8; start < inner; start += DEPTH * stride) {
         Eight weights[DEPTH][FEATURES];
         UNROLL for (uint d = 0; d < DEPTH; ++d) {
-            uint k = start + d * stride + lane * 8;
-            UNROLL for (uint f = 0; f < FEATURES; ++f) {
-                uint feature = first + f < features ? first + f : features - 1;
-                if (k < inner) weights[d][f] = load_eight_once(w + (ulong64)feature * w_pitch + k);
-            }
+            uint k = start + d * stride < inner ? start + d * stride : start;
+            UNROLL for (uint f = 0; f < FEATURES; ++f) weights[d][f] = load_eight_once(w + offsets[f] + k);
         }
         UNROLL for (uint d = 0; d < DEPTH; ++d) {
-            uint k = start + d * stride + lane * 8;
-            if (k >= inner) continue;
+            uint k = start + d * stride;
+            if (k >= inner) break;
             UNROLL for (uint m = 0; m < ROWS; ++m) {
-                Eight a = load_eight(x + (ulong64)(m < rows ? m : rows - 1) * x_pitch + k);
+                Eight a = load_eight(x + (m < rows ? m : rows - 1) * x_pitch + k);
                 UNROLL for (uint f = 0; f < FEATURES; ++f) {
                     UNROLL for (uint j = 0; j < 8; ++j) sums.v[m][f] += a.v[j] * weights[d][f].v[j];
                 }
             }
         }
+    }
 #else
-        for (uint d = 0; d < DEPTH; ++d) {
-            for (uint j = 0; j < 8; ++j) {
-                uint k = start + d * stride + j * 32 + lane;
-                if (k >= inner) continue;
-                for (uint f = 0; f < FEATURES; ++f) {
-                    uint feature = first + f < features ? first + f : features - 1;
-                    float weight = widen(w[(ulong64)feature * w_pitch + k]);
-                    for (uint m = 0; m < ROWS; ++m) {
-                        sums.v[m][f] += widen(x[(ulong64)(m < rows ? m : rows - 1) * x_pitch + k]) * weight;
-                    }
-                }
+    for (uint start = split * 256; start < inner; start += stride) {
+        for (uint k = start + lane; k < start + 256 && k < inner; k += 32) {
+            for (uint f = 0; f < FEATURES; ++f) {
+                float weight = widen(w[offsets[f] + k]);
+                for (uint m = 0; m < ROWS; ++m) sums.v[m][f] += widen(x[(m < rows ? m : rows - 1) * x_pitch + k]) * weight;
             }
         }
-#endif
     }
+#endif
 }
 
 KERNEL(gemv)(

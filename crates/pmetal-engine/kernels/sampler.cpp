@@ -122,9 +122,16 @@ KERNEL(sample_best)(
     if (THREAD == 0) move_on(place, is_nan(top) || top == INFINITE || top == -INFINITE ? UNFIT : tokens[0]);
 }
 
+// The scores f32 [padded] with the best of them.
+struct Scores {
+    const GLOBAL float* values;
+    uint padded;
+    float top, factor;
+};
+
 // How far a score is below the best, in 2^-24 of a factor of two.
-DEVICE uint distance_of(float score, float top, float factor) {
-    float t = (top - score) * factor;
+DEVICE uint distance_of(float score, Scores all) {
+    float t = (all.top - score) * all.factor;
     return t < 255.99998f ? (uint)(t * 16777216.0f) : 0xffffffffu;
 }
 
@@ -171,13 +178,18 @@ struct Cut {
     ulong64 ties;
 };
 
-#define WALK(i) for (uint i = first; i < end; ++i)
+// Goes through a thread's scores. Threads take eight neighbours in turn, so that a SIMD group reads what lies together; the
+// order of tokens is that of threads, then of what each of them has.
+#define WALK ROLLED for (uint start = THREAD * 8; start < all.padded; start += THREADS * 8)
 
 // How many tokens at the cut's distance come before this thread's.
-DEVICE ulong64 ties_before(
-    const GLOBAL float* scores, uint first, uint end, float top, float factor, Cut cut, SHARED_POINTER(ulong64) scratch) {
+DEVICE ulong64 ties_before(Scores all, Cut cut, SHARED_POINTER(ulong64) scratch) {
+    if (cut.distance == 0xffffffffu) return 0;
     ulong64 own = 0, total;
-    WALK(i) own += distance_of(scores[i], top, factor) == cut.distance;
+    WALK {
+        Eight eight = load_eight(all.values + start);
+        for (uint j = 0; j < 8; ++j) own += distance_of(eight.v[j], all) == cut.distance;
+    }
     return sum_before(own, total, scratch);
 }
 
@@ -189,26 +201,24 @@ DEVICE bool is_left(uint distance, Cut cut, ulong64& before) {
 // The smallest cut below `within` whose tokens measure at least `need`: by their number, or by their weights. Four rounds
 // over eight bits of the distance each, counted in shared memory; weights by 13 bits, so that no sum of 2^19 overflows.
 DEVICE Cut narrow_cut(
-    const GLOBAL float* scores, uint first, uint end, float top, float factor, Cut within, bool by_weight, ulong64 need,
-    SHARED_POINTER(uint) sums, SHARED_POINTER(ulong64) scratch) {
-    ulong64 start = ties_before(scores, first, end, top, factor, within, scratch), total;
+    Scores all, Cut within, bool by_weight, ulong64 need, SHARED_POINTER(uint) sums, SHARED_POINTER(ulong64) scratch) {
+    ulong64 first = ties_before(all, within, scratch), total;
     uint prefix = 0;
-    for (uint shift = 32; shift > 0; shift -= 8) {
+    ROLLED for (uint shift = 32; shift > 0; shift -= 8) {
         BARRIER();
         if (THREAD < 256) sums[THREAD] = sums[THREAD + 256] = sums[THREAD + 512] = 0;
         BARRIER();
-        ulong64 before = start;
-        WALK(i) {
-            uint distance = distance_of(scores[i], top, factor);
-            if (!is_left(distance, within, before) || (shift < 32 && distance >> shift != prefix)) continue;
-            uint digit = (distance >> (shift - 8)) & 255;
-            if (!by_weight) {
-                atomic_add(sums + digit, 1);
-                continue;
-            }
-            ulong64 weight = weight_of(distance);
-            for (uint part = 0; weight > 0; ++part, weight >>= 13) {
-                atomic_add(sums + part * 256 + digit, (uint)weight & 0x1fffu);
+        ulong64 before = first;
+        WALK {
+            Eight eight = load_eight(all.values + start);
+            for (uint j = 0; j < 8; ++j) {
+                uint distance = distance_of(eight.v[j], all);
+                if (!is_left(distance, within, before) || (shift < 32 && distance >> shift != prefix)) continue;
+                uint digit = (distance >> (shift - 8)) & 255;
+                ulong64 measure = by_weight ? weight_of(distance) : 1;
+                for (uint part = 0; measure > 0; ++part, measure >>= 13) {
+                    atomic_add(sums + part * 256 + digit, (uint)measure & 0x1fffu);
+                }
             }
         }
         BARRIER();
@@ -233,6 +243,24 @@ DEVICE Cut narrow_cut(
     return cut;
 }
 
+// The weight of what is left, 0 for the rest.
+DEVICE ulong64 weight_left(float score, Scores all, Cut cut, ulong64 least, ulong64& before) {
+    uint distance = distance_of(score, all);
+    if (!is_left(distance, cut, before)) return 0;
+    ulong64 weight = weight_of(distance);
+    return weight >= least ? weight : 0;
+}
+
+// The sum of the weights of a thread's tokens that are left.
+DEVICE ulong64 own_weight(Scores all, Cut cut, ulong64 least, ulong64 before) {
+    ulong64 own = 0;
+    WALK {
+        Eight eight = load_eight(all.values + start);
+        for (uint j = 0; j < 8; ++j) own += weight_left(eight.v[j], all, cut, least, before);
+    }
+    return own;
+}
+
 KERNEL(sample_draw)(
     const GLOBAL float* scores, const GLOBAL float* best_scores, const GLOBAL uint* best_tokens, GLOBAL uint* token,
     GLOBAL uint* position, GLOBAL int* ranges, const GLOBAL uint* windows, GLOBAL uint* log, GLOBAL uint* counts,
@@ -243,51 +271,32 @@ KERNEL(sample_draw)(
     SHARED uint tokens[1024], sums[768], chosen[1];
     SHARED ulong64 scratch[1024];
     best_of_all(best_scores, best_tokens, groups, best, tokens);
-    float top = best[0];
-    if (is_nan(top) || top == INFINITE || top == -INFINITE) top = 0.0f;
-    bool is_fit = top == best[0];
-    uint width = (vocabulary + THREADS - 1) / THREADS, first = THREAD * width;
-    first = first < vocabulary ? first : vocabulary;
-    uint end = first + width < vocabulary ? first + width : vocabulary;
+    bool is_fit = !is_nan(best[0]) && best[0] != INFINITE && best[0] != -INFINITE;
+    Scores all = {scores, (vocabulary + 7) / 8 * 8, is_fit ? best[0] : 0.0f, factor};
     Cut cut = {0xffffffffu, 0xffffffffu};
-    if (top_k > 0) cut = narrow_cut(scores, first, end, top, factor, cut, false, top_k, sums, scratch);
-    ulong64 start = ties_before(scores, first, end, top, factor, cut, scratch), total = 0, own, before = start;
+    ulong64 total = 0;
+    if (top_k > 0) cut = narrow_cut(all, cut, false, top_k, sums, scratch);
     if (top_p < 0x100000000ull) {
-        own = 0;
-        WALK(i) {
-            uint distance = distance_of(scores[i], top, factor);
-            if (is_left(distance, cut, before)) own += weight_of(distance);
-        }
-        sum_before(own, total, scratch);
+        sum_before(own_weight(all, cut, 0, ties_before(all, cut, scratch)), total, scratch);
         ulong64 need = share_of(total, top_p);
-        cut = narrow_cut(scores, first, end, top, factor, cut, true, need > 0 ? need : 1, sums, scratch);
-        start = ties_before(scores, first, end, top, factor, cut, scratch);
+        cut = narrow_cut(all, cut, true, need > 0 ? need : 1, sums, scratch);
     }
-    own = 0;
-    before = start;
-    WALK(i) {
-        uint distance = distance_of(scores[i], top, factor);
-        if (!is_left(distance, cut, before)) continue;
-        ulong64 weight = weight_of(distance);
-        if (weight >= least_weight) own += weight;
-    }
+    ulong64 first = ties_before(all, cut, scratch), own = own_weight(all, cut, least_weight, first);
     ulong64 sum = sum_before(own, total, scratch);
     uint words[4];
     philox(drawn[0], seed_low, seed_high, 0, stream, words);
     ulong64 target = share_of(total, words[0]);
     if (THREAD == 0) chosen[0] = tokens[0];
     BARRIER();
+    // The sum is past the target from one token of one thread on.
     if (sum <= target && target < sum + own) {
-        before = start;
-        WALK(i) {
-            uint distance = distance_of(scores[i], top, factor);
-            if (!is_left(distance, cut, before)) continue;
-            ulong64 weight = weight_of(distance);
-            if (weight < least_weight) continue;
-            sum += weight;
-            if (sum <= target) continue;
-            chosen[0] = i;
-            break;
+        WALK {
+            Eight eight = load_eight(all.values + start);
+            for (uint j = 0; j < 8; ++j) {
+                bool is_before = sum <= target;
+                sum += weight_left(eight.v[j], all, cut, least_weight, first);
+                if (is_before && sum > target) chosen[0] = start + j;
+            }
         }
     }
     BARRIER();

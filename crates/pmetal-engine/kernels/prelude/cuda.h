@@ -16,6 +16,7 @@
 #define GROUPS_Y gridDim.y
 #define BARRIER() __syncthreads()
 #define UNROLL _Pragma("unroll")
+#define ROLLED _Pragma("unroll 1")
 
 typedef unsigned int uint;
 typedef unsigned short ushort;

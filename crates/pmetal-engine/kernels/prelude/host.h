@@ -38,6 +38,7 @@ static float host_shuffle_xor(float x, uint mask);
 #define GROUPS_Y (host_place.groups[1])
 #define BARRIER() host_barrier()
 #define UNROLL
+#define ROLLED
 
 struct bf16 { ushort bits; };
 struct f16 { ushort bits; };

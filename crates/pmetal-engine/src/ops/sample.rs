@@ -2,10 +2,11 @@
 //!
 //! A token's score is its logit after the penalties, in f32. Its distance from the best score is `(best - score) * f` with
 //! `f = log2(e) / temperature`, cut to multiples of 2^-24, and the largest number from 2^8 on. Its weight is 2^(38 -
-//! distance), by integers, so that sums of weights have no order. Tokens are ordered by distance, then by number. top-k
-//! keeps the first of them; top-p the fewest first ones whose weights reach its share of what top-k kept; min-p those
-//! that weigh enough. One 32-bit word of the key, as a share of the weights that are kept, points at a token in the order
-//! of numbers.
+//! distance), by integers, so that sums of weights have no order. Token i has the place (i / 8 mod 1024, i / 8192, i mod 8):
+//! threads that take eight neighbours in turn go through places in order. Tokens are ordered by distance, then by place.
+//! top-k keeps the first of them; top-p the fewest first ones whose weights reach its share of what top-k kept; min-p
+//! those that weigh enough. One 32-bit word of the key, as a share of the weights that are kept, points at a token in the
+//! order of places.
 
 use crate::random::{RandomKey, stream_of};
 
@@ -135,16 +136,25 @@ fn penalised(logit: f32, count: u32, [repetition, presence, frequency]: [f32; 3]
     score
 }
 
+/// Threads that share the tokens.
+const THREADS: usize = 1024;
+
+/// Tokens by their places.
+fn in_order(vocabulary: usize) -> impl Iterator<Item = usize> + Clone {
+    let vectors = move |thread: usize| (8 * thread..vocabulary).step_by(8 * THREADS);
+    (0..THREADS).flat_map(vectors).flat_map(move |first| first..vocabulary.min(first + 8))
+}
+
 /// A number by which tokens are ordered.
-fn rank(token: usize, distance: u32) -> u64 {
-    u64::from(distance) << 32 | token as u64
+fn rank(place: usize, distance: u32) -> u64 {
+    u64::from(distance) << 32 | place as u64
 }
 
 fn draw(distances: &[u32], drawn: u32, constants: &SampleConstants) -> u32 {
     let mut last = u64::MAX;
     if constants.top_k > 0 || constants.top_p < 1 << 32 {
-        let each = distances.iter().enumerate();
-        let mut ranks: Vec<u64> = each.map(|(token, &distance)| rank(token, distance)).collect();
+        let each = in_order(distances.len()).enumerate();
+        let mut ranks: Vec<u64> = each.map(|(place, token)| rank(place, distances[token])).collect();
         if constants.top_k > 0 {
             let count = constants.top_k as usize;
             ranks.select_nth_unstable(count - 1);
@@ -164,11 +174,12 @@ fn draw(distances: &[u32], drawn: u32, constants: &SampleConstants) -> u32 {
         }
         last = ranks.last().copied().unwrap_or(last);
     }
-    let left = |(token, &distance): (usize, &u32)| {
-        let weight = if rank(token, distance) <= last { weight_of(distance) } else { 0 };
+    let left = |(place, token): (usize, usize)| {
+        let distance = distances[token];
+        let weight = if rank(place, distance) <= last { weight_of(distance) } else { 0 };
         (token as u32, if weight >= constants.least_weight { weight } else { 0 })
     };
-    let each = || distances.iter().enumerate().map(left);
+    let each = || in_order(distances.len()).enumerate().map(left);
     let total = each().map(|(_, weight)| weight).sum();
     let target = share_of(total, constants.key.block(drawn.into())[0].into());
     let mut sum = 0;

@@ -37,9 +37,9 @@ impl Form {
     fn new(rows: usize, inner: usize, bytes: usize) -> Self {
         let rows = rows.next_power_of_two();
         let steps = inner.div_ceil(256);
-        // Four loads of 16 bytes at a time for each lane; x is read once for all columns of a SIMD group.
-        let features = if rows <= 2 { 2 } else { 4 };
-        let depth = if rows <= 2 && bytes == 2 && steps >= 2 { 2 } else { 1 };
+        // Some loads of 16 bytes at a time for each lane; x is read once for all columns of a SIMD group.
+        let features = if rows == 1 { 1 } else { 4 };
+        let depth = if rows == 1 && bytes == 2 && steps > 1 { 2 } else { 1 };
         let splits = [8, 4, 2].into_iter().find(|splits| steps >= splits * depth).unwrap_or(1);
         Self { rows, features, splits, depth }
     }

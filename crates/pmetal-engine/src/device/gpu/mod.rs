@@ -181,16 +181,17 @@ impl Kernels for Gpu {
         out: &mut Tensor,
     ) {
         let (rows, inner, width) = norm_rows(x);
+        let threads = launch::lanes_of(rows, width);
         let all: Vec<&Tensor> = [x, &*out].into_iter().chain(weight).collect();
         Kernel::new("norm", "rms_norm")
             .element(x.dtype())
             .weight(weight.map_or(DType::F32, Tensor::dtype))
-            .row(width, launch::is_aligned(width, &all))
+            .row(width, threads, launch::is_aligned(width, &all))
             .arguments(&[x.into(), weight.into(), out.into()])
             .sizes(&[width, inner, x.pitch(), out.pitch()])
             .arguments(&[Argument::F32(epsilon), Argument::F32(shift(kind))])
             .arguments(&[Argument::U32(weight.is_some().into())])
-            .launch(self.runtime.as_ref(), [rows, 1, 1], lanes(width));
+            .launch(self.runtime.as_ref(), [rows, 1, 1], threads);
     }
 
     fn rms_norm_backward(
@@ -209,7 +210,7 @@ impl Kernels for Gpu {
             Kernel::new("norm", "rms_norm_backward")
                 .element(x.dtype())
                 .weight(weight.map_or(DType::F32, Tensor::dtype))
-                .row(width, launch::is_aligned(width, &all))
+                .row(width, lanes(width), launch::is_aligned(width, &all))
                 .arguments(&[x.into(), weight.into(), d_out.into(), d_x.into()])
                 .sizes(&[width, inner, x.pitch(), d_out.pitch(), d_x.pitch()])
                 .arguments(&[Argument::F32(epsilon), Argument::F32(shift(kind))])
@@ -226,7 +227,7 @@ impl Kernels for Gpu {
         Kernel::new("norm", "rms_scales")
             .element(x.dtype())
             .weight(DType::F32)
-            .row(width, false)
+            .row(width, lanes(width), false)
             .arguments(&[x.into(), (&scales).into()])
             .sizes(&[width, inner, x.pitch()])
             .arguments(&[Argument::F32(epsilon)])
@@ -234,7 +235,7 @@ impl Kernels for Gpu {
         Kernel::new("norm", "norm_weight_sums")
             .element(x.dtype())
             .weight(DType::F32)
-            .row(width, false)
+            .row(width, lanes(width), false)
             .arguments(&[x.into(), d_out.into(), (&scales).into(), (&sums).into()])
             .sizes(&[rows, width, inner, x.pitch(), d_out.pitch()])
             .launch(self.runtime.as_ref(), [width.div_ceil(128), parts, 1], 128);

@@ -14,6 +14,8 @@ fn norms_agree_with_the_processor() {
         }
     }
     check("norm of heads", DType::Bf16, &|run| norm(run, &[5, 3, 40], Some(NormWeight::Plain)));
+    // Many rows, which fewer threads hold.
+    check("norm of 70 rows", DType::Bf16, &|run| norm(run, &[70, 520], Some(NormWeight::Plain)));
     // More than one row of threads can hold.
     check("long norm", DType::Bf16, &|run| norm(run, &[2, 33_000], Some(NormWeight::Plain)));
 }
