@@ -47,6 +47,9 @@ uint mulhi(uint, uint);
 enum class mem_flags { mem_device = 1, mem_threadgroup = 2 };
 constexpr mem_flags operator|(mem_flags a, mem_flags) { return a; }
 void threadgroup_barrier(mem_flags);
+struct atomic_uint { uint value; };
+enum memory_order { memory_order_relaxed };
+uint atomic_fetch_add_explicit(volatile threadgroup atomic_uint*, uint, memory_order);
 float dot(float4, float4);
 float exp(float);
 float fract(float);
@@ -86,6 +89,10 @@ MACROS = {
     "SILU": (0, 1),
     "PAIRS_HALVES": (0, 1),
     "VECTORS": (1, 4),
+    "ROWS": (1, 4),
+    "FEATURES": (1, 2),
+    "SPLITS": (1, 4),
+    "DEPTH": (2,),
 }
 
 
@@ -111,8 +118,8 @@ def problems(name, defines):
 
 def pointers_without_memory(name, text):
     """clang takes pointers and references that do not say what memory they are to; Metal does not."""
-    kernels = re.findall(r"^KERNEL\((\w+)\)\((.*?)\) \{$", text, re.MULTILINE | re.DOTALL)
-    functions = re.findall(r"^DEVICE \w+ (\w+)\((.*?)\) \{$", text, re.MULTILINE | re.DOTALL)
+    kernels = re.findall(r"^KERNEL\((\w+)\)\(([^{]*?)\) \{$", text, re.MULTILINE | re.DOTALL)
+    functions = re.findall(r"^DEVICE \w+ (\w+)\(([^{]*?)\) \{$", text, re.MULTILINE | re.DOTALL)
     for function, parameters in kernels + functions:
         for parameter in parameters.split(","):
             if re.search("[*&]", parameter) and not re.search("GLOBAL|LOCAL", parameter):
@@ -128,7 +135,7 @@ def main():
             print(problem)
         if path.stem == "common":
             continue
-        macros = {"ELEMENT": TYPES} | {name: values for name, values in MACROS.items() if name in text}
+        macros = {"ELEMENT": TYPES} | {name: values for name, values in MACROS.items() if re.search(rf"\b{name}\b", text)}
         for values in itertools.product(*macros.values()):
             modules += 1
             for problem in problems(path.stem, dict(zip(macros, values))):

@@ -32,3 +32,22 @@ DEVICE float group_max(POSITION float x, SHARED_POINTER(float) scratch) {
     x = THREAD % 32 < THREADS / 32 ? scratch[THREAD % 32] : -INFINITE;
     return simd_max(x);
 }
+
+// Four words of Philox4x32-10 (Salmon et al., SC 2011): a number is a function of seed, step, stream and its index alone.
+DEVICE void philox(ulong64 block, uint seed_low, uint seed_high, uint step, uint stream, LOCAL uint* c) {
+    uint k[2] = {seed_low, seed_high};
+    c[0] = (uint)block;
+    c[1] = (uint)(block >> 32);
+    c[2] = step;
+    c[3] = stream;
+    for (int round = 0; round < 10; ++round) {
+        uint high0 = multiply_high(0xD2511F53u, c[0]), low0 = 0xD2511F53u * c[0];
+        uint high1 = multiply_high(0xCD9E8D57u, c[2]), low1 = 0xCD9E8D57u * c[2];
+        c[0] = high1 ^ c[1] ^ k[0];
+        c[1] = low1;
+        c[2] = high0 ^ c[3] ^ k[1];
+        c[3] = low0;
+        k[0] += 0x9E3779B9u;
+        k[1] += 0xBB67AE85u;
+    }
+}

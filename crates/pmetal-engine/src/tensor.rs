@@ -203,6 +203,16 @@ impl Tensor {
         }
     }
 
+    /// Overwrites a device's memory that others hold handles to as well: for those who know that work in the order of the
+    /// device is to read the new elements.
+    pub(crate) fn write_shared<T: Scalar>(&self, values: &[T]) {
+        assert!(
+            T::DTYPE == self.dtype && values.len() == self.elements() && self.part.is_none(),
+            "invariant: a tensor is written as a whole"
+        );
+        self.device().remote().upload(bytemuck::cast_slice(values), self.address());
+    }
+
     /// [`Self::write_bytes`] of elements.
     ///
     /// # Panics
@@ -352,6 +362,18 @@ impl Tensor {
         let outcome = write(self);
         (self.shape, self.offset) = whole;
         outcome
+    }
+
+    /// Lets `write` have a contiguous tensor under another shape of as many elements.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] when the number of elements differs.
+    pub fn with_shape<T>(&mut self, shape: &[usize], write: impl FnOnce(&mut Self) -> T) -> Result<T> {
+        let other = self.reshape(shape)?.shape;
+        let own = std::mem::replace(&mut self.shape, other);
+        let outcome = write(self);
+        self.shape = own;
+        Ok(outcome)
     }
 
     /// The elements of a host tensor.

@@ -1,11 +1,14 @@
 //! `pmetal bench`.
 
-use std::path::PathBuf;
+mod infer;
+
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
 
 use anyhow::Context;
 use clap::{Args, Subcommand};
+use pmetal::engine::device::KernelTime;
 use pmetal::engine::random::RandomKey;
 use pmetal::engine::{Device, MemoryReport, Recompute};
 use pmetal::formats::adapter::AdapterConfig;
@@ -28,6 +31,8 @@ pub(crate) struct BenchArguments {
 enum What {
     /// Time training steps of any configuration on random tokens, without a checkpoint
     Train(TrainBench),
+    /// Time the generation of tokens by any configuration, without a checkpoint
+    Infer(infer::InferBench),
 }
 
 #[derive(Args)]
@@ -83,6 +88,7 @@ struct TrainBench {
 pub(crate) fn run(arguments: BenchArguments) -> anyhow::Result<ExitCode> {
     match arguments.what {
         What::Train(arguments) => train(&arguments),
+        What::Infer(arguments) => infer::run(&arguments),
     }
 }
 
@@ -107,11 +113,7 @@ fn check(arguments: &TrainBench) -> pmetal::Result<()> {
 
 fn train(arguments: &TrainBench) -> anyhow::Result<ExitCode> {
     check(arguments)?;
-    let text = std::fs::read_to_string(&arguments.config)
-        .with_context(|| format!("cannot read `{}`", arguments.config.display()))?;
-    let value = serde_json::from_str(&text)
-        .with_context(|| format!("`{}` is not JSON", arguments.config.display()))?;
-    let config = Config::new(value)?;
+    let config = read_config(&arguments.config)?;
     let device = arguments.device.open()?;
     if arguments.memory_limit_gib > 0.0 {
         device.memory().set_limit(Some((arguments.memory_limit_gib * (1_u64 << 30) as f64) as usize));
@@ -205,6 +207,21 @@ fn profile(arguments: &TrainBench, learner: &mut Learner, vocabulary: usize) -> 
         eprintln!("{:9.3} ms {:5} x {}", time.seconds * 1e3, time.launches, time.name);
     }
     Ok(())
+}
+
+fn read_config(path: &Path) -> anyhow::Result<Config> {
+    let text = std::fs::read_to_string(path).with_context(|| format!("cannot read `{}`", path.display()))?;
+    let value = serde_json::from_str(&text).with_context(|| format!("`{}` is not JSON", path.display()))?;
+    Ok(Config::new(value)?)
+}
+
+fn print_profile(times: &[KernelTime]) {
+    let total: f64 = times.iter().map(|time| time.seconds).sum();
+    let launches: usize = times.iter().map(|time| time.launches).sum();
+    eprintln!("{:9.3} ms in {launches} kernels", total * 1e3);
+    for time in times {
+        eprintln!("{:9.3} ms {:5} x {}", time.seconds * 1e3, time.launches, time.name);
+    }
 }
 
 /// Rows of random tokens, every one trained but the last of each row.

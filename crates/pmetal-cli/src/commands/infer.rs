@@ -75,6 +75,9 @@ pub(crate) struct InferArguments {
     /// Where to compute
     #[arg(long, value_enum, default_value = "auto")]
     device: DeviceChoice,
+    /// Launch the kernels of every token one by one instead of replaying a recording (a CUDA graph)
+    #[arg(long)]
+    no_cuda_graph: bool,
     /// Print one JSON object with the text and counts instead of streaming it
     #[arg(long)]
     json: bool,
@@ -151,8 +154,9 @@ pub(crate) fn run(arguments: InferArguments) -> anyhow::Result<ExitCode> {
         }
         other => other.map(str::to_owned),
     };
-    let mut speaker =
-        Speaker { arguments: &arguments, model: &model, session: Session::new(&model.decoder)?, sampling };
+    let mut session = Session::new(&model.decoder)?;
+    session.record_steps(!arguments.no_cuda_graph);
+    let mut speaker = Speaker { arguments: &arguments, model: &model, session, sampling };
     if arguments.chat {
         return chat_loop(&mut speaker, prompt);
     }

@@ -81,6 +81,16 @@ fn lengths_stops_and_prompts_are_honoured() {
 }
 
 #[test]
+fn recordings_of_steps_can_be_turned_off() {
+    let sandbox = Sandbox::new();
+    // What a GPU computes is the same without them, and other devices have none.
+    assert_eq!(
+        text(&sandbox, &["--temperature", "1", "--no-cuda-graph"]),
+        text(&sandbox, &["--temperature", "1"])
+    );
+}
+
+#[test]
 fn a_prompt_may_come_from_standard_input() {
     use std::io::Write;
     let sandbox = Sandbox::new();

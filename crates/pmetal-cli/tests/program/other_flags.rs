@@ -207,3 +207,45 @@ fn doctor_prints_facts() {
         assert!(text.contains(words), "{words} is not in\n{text}");
     }
 }
+
+#[test]
+fn every_flag_of_bench_infer_changes_the_result() {
+    let sandbox = Sandbox::new();
+    sandbox.write("config.json", CONFIG);
+    sandbox.write("wide.json", &CONFIG.replace("\"vocab_size\": 64", "\"vocab_size\": 96"));
+    let bench = |more: &[&str]| {
+        let usual: [&[&str]; 5] = [
+            &["--config", "config.json"],
+            &["--prompt-tokens", "7"],
+            &["--new-tokens", "12"],
+            &["--rounds", "1"],
+            &["--dtype", "f32"],
+        ];
+        let mut arguments = vec!["bench", "infer", "--random-weights", "--json", "--device", "cpu"];
+        usual.iter().filter(|pair| !more.contains(&pair[0])).for_each(|pair| arguments.extend(*pair));
+        arguments.extend(more);
+        sandbox.run(&arguments).ok().json()
+    };
+    let plain = bench(&[]);
+    assert!(plain["tokens_per_second"].as_f64().unwrap() > 0.0);
+    assert!(plain["share_of_bandwidth"].as_f64().unwrap() > 0.0);
+    let bytes = |facts: &serde_json::Value| facts["weight_bytes_per_token"].as_u64().unwrap();
+    assert!(bytes(&bench(&["--config", "wide.json"])) > bytes(&plain));
+    assert_eq!(bench(&["--prompt-tokens", "9"])["prompt_tokens"], 9);
+    assert_eq!(bench(&["--new-tokens", "3"])["new_tokens"], 3);
+    assert_eq!(bench(&["--rounds", "3"])["last_token"], plain["last_token"]);
+    assert_eq!(bench(&["--dtype", "bf16"])["dtype"], "bf16");
+    // What only a GPU can show the effect of.
+    assert_eq!(bench(&["--no-cuda-graph"])["last_token"], plain["last_token"]);
+    let warm = bench(&["--temperature", "9"]);
+    assert_ne!(warm["last_token"], plain["last_token"]);
+    for cut in [["--top-k", "1"], ["--top-p", "0"]] {
+        let cold = bench(&[&cut[..], &["--temperature", "9"]].concat());
+        assert_eq!(cold["last_token"], plain["last_token"], "{cut:?}");
+    }
+    sandbox.run(&["bench", "infer", "--config", "config.json"]).fails(2, &["--random-weights"]);
+    for (flag, least) in [("--prompt-tokens", 1), ("--new-tokens", 2), ("--rounds", 1)] {
+        let arguments = ["bench", "infer", "--random-weights", "--config", "config.json", flag, "0"];
+        sandbox.run(&arguments).fails(2, &[&format!("{flag} is 0, it must be at least {least}")]);
+    }
+}

@@ -22,6 +22,7 @@
 #define GROUPS_Y gridDim.y
 #define BARRIER() __syncthreads()
 #define UNROLL _Pragma("unroll")
+#define ROLLED _Pragma("unroll 1")
 
 typedef unsigned int uint;
 typedef unsigned short ushort;
@@ -61,8 +62,7 @@ DEVICE Eight load_eight(const GLOBAL f32* p) {
     float4 a = *(const float4*)p, b = *(const float4*)(p + 4);
     return {{a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w}};
 }
-template <typename T> DEVICE Eight load_eight_narrow(const T* p) {
-    uint4 raw = *(const uint4*)p;
+template <typename T> DEVICE Eight widen_eight(uint4 raw) {
     uint words[4] = {raw.x, raw.y, raw.z, raw.w};
     Eight out;
     for (int i = 0; i < 4; ++i) {
@@ -74,8 +74,21 @@ template <typename T> DEVICE Eight load_eight_narrow(const T* p) {
     }
     return out;
 }
-DEVICE Eight load_eight(const bf16* p) { return load_eight_narrow(p); }
-DEVICE Eight load_eight(const f16* p) { return load_eight_narrow(p); }
+DEVICE Eight load_eight(const bf16* p) { return widen_eight<bf16>(*(const uint4*)p); }
+DEVICE Eight load_eight(const f16* p) { return widen_eight<f16>(*(const uint4*)p); }
+// The same, for what nobody reads again soon: it does not push other lines out of the first cache.
+DEVICE uint4 load_once(const void* p) {
+    uint4 raw;
+    asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(raw.x), "=r"(raw.y), "=r"(raw.z), "=r"(raw.w) : "l"(p));
+    return raw;
+}
+DEVICE Eight load_eight_once(const f32* p) {
+    uint4 a = load_once(p), b = load_once(p + 4);
+    return {{as_float(a.x), as_float(a.y), as_float(a.z), as_float(a.w), as_float(b.x), as_float(b.y), as_float(b.z),
+             as_float(b.w)}};
+}
+template <typename T> DEVICE Eight load_eight_once(const T* p) { return widen_eight<T>(load_once(p)); }
+#define load_eight_once load_eight_once
 DEVICE void store_eight(Eight x, f32* p) {
     *(float4*)p = make_float4(x.v[0], x.v[1], x.v[2], x.v[3]);
     *(float4*)(p + 4) = make_float4(x.v[4], x.v[5], x.v[6], x.v[7]);
@@ -102,4 +115,5 @@ DEVICE float reciprocal_root(float x) { return rsqrtf(x); }
 DEVICE float hyperbolic_tangent(float x) { return tanhf(x); }
 DEVICE float maximum(float a, float b) { return fmaxf(a, b); }
 DEVICE uint multiply_high(uint a, uint b) { return __umulhi(a, b); }
+DEVICE void atomic_add(SHARED_POINTER(uint) p, uint x) { atomicAdd(p, x); }
 #define INFINITE __int_as_float(0x7f800000)

@@ -46,6 +46,7 @@ static inline const HostPlace& host_at(HostPosition) { return host_place; }
 #define GROUPS_Y (host_at(here).groups[1])
 #define BARRIER() host_barrier()
 #define UNROLL
+#define ROLLED
 
 struct bf16 { ushort bits; };
 struct f16 { ushort bits; };
@@ -118,4 +119,6 @@ DEVICE float reciprocal_root(float x) { return 1.0f / sqrtf(x); }
 DEVICE float hyperbolic_tangent(float x) { return tanhf(x); }
 DEVICE float maximum(float a, float b) { return fmaxf(a, b); }
 DEVICE uint multiply_high(uint a, uint b) { return (uint)(((ulong64)a * b) >> 32); }
+// Fibres change places at barriers alone.
+DEVICE void atomic_add(SHARED_POINTER(uint) p, uint x) { *p += x; }
 #define INFINITE as_float(0x7f800000u)

@@ -31,6 +31,7 @@ using namespace metal;
 #define GROUPS_X (groups_of.x)
 #define GROUPS_Y (groups_of.y)
 #define UNROLL _Pragma("clang loop unroll(full)")
+#define ROLLED _Pragma("clang loop unroll(disable)")
 #define BARRIER() threadgroup_barrier(mem_flags::mem_device | mem_flags::mem_threadgroup)
 
 typedef ulong ulong64;
@@ -104,4 +105,8 @@ DEVICE float reciprocal_root(float x) { return precise::rsqrt(x); }
 DEVICE float hyperbolic_tangent(float x) { return precise::tanh(x); }
 DEVICE float maximum(float a, float b) { return precise::fmax(a, b); }
 DEVICE uint multiply_high(uint a, uint b) { return mulhi(a, b); }
+// Of threads of one group.
+DEVICE void atomic_add(SHARED_POINTER(uint) p, uint x) {
+    atomic_fetch_add_explicit((threadgroup atomic_uint*)p, x, memory_order_relaxed);
+}
 #define INFINITE INFINITY

@@ -94,6 +94,8 @@ fn norms_agree(device: &Device) {
     });
     let plain = Some(NormWeight::Plain);
     check(device, "norm of heads", DType::Bf16, &|inputs| rows::norm(inputs, &[5, 3, 40], plain));
+    // Many rows, which fewer threads hold.
+    check(device, "norm of 70 rows", DType::Bf16, &|inputs| rows::norm(inputs, &[70, 520], plain));
     // More than one row of threads can hold.
     check(device, "long norm", DType::Bf16, &|inputs| rows::norm(inputs, &[2, 33_000], plain));
 }

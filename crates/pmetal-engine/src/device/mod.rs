@@ -7,8 +7,9 @@ mod mask;
 use std::sync::Arc;
 
 use crate::DType;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::memory::{Category, MemoryTracker};
+use crate::ops::{Cursor, SampleOptions};
 use crate::random::RandomKey;
 use crate::tensor::{Memory, Tensor};
 
@@ -616,6 +617,15 @@ pub trait Kernels: Send + Sync {
 
     /// Adds the squares of all elements of f32 tensors to `sum`.
     fn sum_of_squares(&self, tensors: &[&Tensor], sum: &mut Sum);
+
+    /// Chooses a token by logits f32 \[1, V\] as [`crate::ops::choose`] does and moves the cursor on.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] for a device without such kernels; out of memory.
+    fn sample(&self, _logits: &Tensor, _options: &SampleOptions, _cursor: &Cursor) -> Result<()> {
+        let reason = "tokens are chosen by the host".to_owned();
+        Err(Error::Unsupported { operation: "sample", device: self.name(), reason })
+    }
 
     /// One AdamW step. `squares` is the sum of squares of all gradients, before any factor; where it is not finite,
     /// nothing changes. `None` = no clipping.

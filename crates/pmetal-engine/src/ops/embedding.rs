@@ -1,6 +1,6 @@
 //! Rows of a table by token id.
 
-use crate::error::{Error, Result, expect_dtype};
+use crate::error::{Error, Result, expect_dtype, expect_shape};
 use crate::memory::Category;
 use crate::{DType, Tape, Tensor, Var, Weight};
 
@@ -58,4 +58,23 @@ pub fn check_ids(ids: &[u32], vocabulary: usize) -> Result<()> {
             limit: vocabulary,
         }),
     }
+}
+
+/// Writes row i of x \[T, ..\] to row `rows[i]` of `out` \[N, ..\]; rows u32 \[T\], below N where they are in a device's
+/// memory.
+///
+/// # Errors
+/// [`Error::Shape`] or [`Error::DType`] when the rows are of another kind; [`Error::Range`] for a row that is not there.
+pub fn scatter_rows(x: &Tensor, rows: &Tensor, out: &mut Tensor) -> Result<()> {
+    let count = |tensor: &Tensor| tensor.shape().first().copied().unwrap_or(1);
+    let width = |tensor: &Tensor| tensor.shape().get(1..).unwrap_or_default().iter().product::<usize>();
+    expect_dtype("scatter_rows", "rows", rows.dtype(), DType::U32)?;
+    expect_dtype("scatter_rows", "input", x.dtype(), out.dtype())?;
+    expect_shape("scatter_rows", "rows", rows.shape(), &[count(x)])?;
+    expect_shape("scatter_rows", "input", &[width(x)], &[width(out)])?;
+    if rows.is_host() {
+        check_ids(rows.as_slice(), count(out))?;
+    }
+    let x = x.reshape(&[count(x), width(x)])?;
+    out.with_shape(&[count(out), width(out)], |out| x.device().kernels().scatter_rows(&x, rows, out))
 }

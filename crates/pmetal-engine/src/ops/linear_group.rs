@@ -34,6 +34,9 @@ struct Packed {
     scale: f32,
 }
 
+/// Rows for which what an adapter reduces is not put next to its input.
+const FEW_TOKENS: usize = 8;
+
 /// Columns that adapters take are rounded up to this, so that rows stay aligned.
 const SPARE_UNIT: usize = 8;
 
@@ -157,7 +160,10 @@ pub fn linear_group(
     let mut out = scratch(features)?;
     let finish = Finish { bias: packed.bias.as_ref(), residual, ..Finish::STORE };
     match (&reduced, input.spare_columns()) {
-        (Some(reduced), Some((mut spare, wide_input))) if spare.columns() == reduced.columns() => {
+        // Few rows are done in one launch either way.
+        (Some(reduced), Some((mut spare, wide_input)))
+            if tokens > FEW_TOKENS && spare.columns() == reduced.columns() =>
+        {
             kernels.convert(reduced, &mut spare);
             let product = (Operand::plain(&wide_input), Operand::transposed(&packed.wide));
             kernels.matmul(&[product], &mut out, &finish, arithmetic)?;

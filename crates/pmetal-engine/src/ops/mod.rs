@@ -2,6 +2,7 @@
 //! and in its tests a slow reference in f64.
 
 mod attention;
+mod cursor;
 mod embedding;
 mod gated;
 mod linear;
@@ -10,11 +11,13 @@ mod loss;
 mod norm;
 mod optimizer;
 mod rope;
+mod sample;
 #[cfg(test)]
 mod tests;
 
 pub use attention::{attention, attention_with_spare};
-pub use embedding::{check_ids, embedding};
+pub use cursor::{Cursor, sample};
+pub use embedding::{check_ids, embedding, scatter_rows};
 pub use gated::{gated, gated_with_spare};
 pub use linear::{Dropout, Linear, LinearOptions, Lora, linear, project};
 pub use linear_group::{LinearGroup, linear_group};
@@ -22,3 +25,5 @@ pub use loss::{CrossEntropy, LOGIT_CHUNK_BYTES, Targets, linear_cross_entropy, l
 pub use norm::{rms_norm, rms_norm_with_spare};
 pub use optimizer::{AdamWState, adamw, adamw_step, global_norm, sum_of_squares};
 pub use rope::{RopeTable, rope, rope_all};
+pub(crate) use sample::SampleConstants;
+pub use sample::{SEEN, SampleOptions, choose};

@@ -55,6 +55,12 @@ impl RopeTable {
         Ok(())
     }
 
+    /// The same angles for tokens whose rows are those of a tensor, u32 \[T\], on the device. Its values must be below
+    /// [`Self::len`] when they are read.
+    pub fn at(&self, rows: Tensor) -> Self {
+        Self { rows, ..self.clone() }
+    }
+
     /// Whether both tables hold their angles in the same memory.
     pub fn has_angles_of(&self, other: &Self) -> bool {
         self.cosines.shares_memory(&other.cosines)

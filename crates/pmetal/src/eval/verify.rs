@@ -18,7 +18,7 @@ use pmetal_formats::checkpoint::Checkpoint;
 use pmetal_formats::safetensors::SafetensorsFile;
 
 use crate::error::{Error, Result};
-use crate::generate::{Sampling, Session};
+use crate::generate::{Sampling, Session, StopRules};
 use crate::lora;
 use crate::models::loader::{self, LoadOptions};
 use crate::models::{Decoder, Document, Forward, TokenRun};
@@ -414,18 +414,15 @@ impl Check<'_> {
         }
         let wanted = self.expected.integers("greedy")?;
         let mut session = Session::new(decoder)?;
-        let mut logits = session.extend(&batch.first_row)?;
-        let mut different = 0;
-        for (index, &token) in wanted.iter().enumerate() {
-            let chosen = Sampling::default().choose(&logits, session.ids(), index)?;
-            if i64::from(chosen) != token {
-                different = wanted.len() - index;
-                break;
-            }
-            if index + 1 < wanted.len() {
-                logits = session.extend(&[chosen])?;
-            }
-        }
+        let logits = session.extend(&batch.first_row)?;
+        let rules = StopRules { tokens: Vec::new(), max_tokens: wanted.len() };
+        let mut same = 0;
+        session.generate(logits, &Sampling::default(), &rules, |token| {
+            let is_same = i64::from(token) == wanted[same];
+            same += usize::from(is_same);
+            Ok(is_same)
+        })?;
+        let different = wanted.len() - same;
         let share = different as f64 / wanted.len().max(1) as f64;
         // 16-bit rounding may swap near-equal tokens; it is shown, not judged.
         let tolerance = if self.narrow() { 1.0 } else { 0.0 };

@@ -1,23 +1,35 @@
 //! Continuing a text, with the keys and values of what came before kept.
 
 pub mod sampler;
+mod step;
 pub mod text;
 
+use pmetal_engine::ops::SampleOptions;
 use pmetal_engine::{Tape, Tensor};
 
 pub use sampler::Sampling;
 
 use crate::error::{Error, Result};
 use crate::models::{Decoder, Document, Forward, KeyValueCache, TokenRun};
+use step::Stepper;
 
 /// Prompt tokens that go through the model at one time.
 const PREFILL_TOKENS: usize = 512;
+
+/// Steps that a device is asked for before the first of their tokens is read.
+const MOST_AHEAD: usize = 8;
+
+/// Tokens that a cache is made larger by for a text that may grow further.
+const MOST_RESERVED: usize = 1024;
 
 /// One growing text.
 ///
 /// Logits equal those of a full forward pass over the text: where a rotary scaling depends on the text's
 /// length (dynamic NTK beyond the trained length, longrope when it crosses it), the cache is computed again.
 pub struct Session<'a> {
+    // Dropped first: a recording uses the cache's memory.
+    stepper: Option<Stepper>,
+    records: bool,
     decoder: &'a Decoder,
     cache: KeyValueCache,
     ids: Vec<u32>,
@@ -48,7 +60,7 @@ impl<'a> Session<'a> {
     /// Out of memory.
     pub fn new(decoder: &'a Decoder) -> Result<Self> {
         let cache = KeyValueCache::new(&decoder.spec, decoder.device(), decoder.dtype)?;
-        Ok(Self { decoder, cache, ids: Vec::new() })
+        Ok(Self { stepper: None, records: true, decoder, cache, ids: Vec::new() })
     }
 
     /// The text so far.
@@ -71,6 +83,11 @@ impl<'a> Session<'a> {
             return Err(Error::Usage("there is no text to continue: the prompt is empty".to_owned()));
         }
         self.ids.extend_from_slice(tokens);
+        self.catch_up()
+    }
+
+    /// Computes what of the text is not in the cache and returns the logits after its last token.
+    fn catch_up(&mut self) -> Result<Vec<f32>> {
         let length = self.ids.len();
         if !self.decoder.cache_fits(&self.cache, length) {
             self.cache.truncate(0);
@@ -89,8 +106,14 @@ impl<'a> Session<'a> {
         Ok(self.decoder.logits(&states)?.to_f32_vec()?)
     }
 
-    /// Continues the text from `logits` until a rule or the caller ends it. `accept` sees every token before
-    /// the next one is computed and returns whether to go on.
+    /// Whether a device may record its step and replay it (a CUDA graph); it computes the same without.
+    pub fn record_steps(&mut self, records: bool) {
+        self.records = records;
+        self.stepper = None;
+    }
+
+    /// Continues the text from `logits` until a rule or the caller ends it. `accept` sees every token in order and
+    /// returns whether to go on; a device with memory of its own may have computed more by then, which nobody sees.
     ///
     /// # Errors
     /// As [`Self::extend`] and [`Sampling::choose`], and what `accept` returns.
@@ -101,17 +124,83 @@ impl<'a> Session<'a> {
         rules: &StopRules,
         mut accept: impl FnMut(u32) -> Result<bool>,
     ) -> Result<Finish> {
-        for generated in 0..rules.max_tokens {
+        let mut generated = 0;
+        while generated < rules.max_tokens {
             let token = sampling.choose(&logits, &self.ids, generated)?;
             if rules.tokens.contains(&token) || !accept(token)? {
                 return Ok(Finish::Stopped);
             }
-            if generated + 1 < rules.max_tokens {
-                logits = self.extend(&[token])?;
-            } else {
-                self.ids.push(token);
+            self.ids.push(token);
+            generated += 1;
+            if !self.decoder.device().is_host()
+                && let Some(finish) = self.step_on(sampling, rules, &mut generated, &mut accept)?
+            {
+                return Ok(finish);
+            }
+            if generated < rules.max_tokens {
+                logits = self.catch_up()?;
             }
         }
         Ok(Finish::Length)
+    }
+
+    /// Lets the device go on from the last token of the text by itself; `None` where it cannot, from a text that the cache
+    /// lacks the last token of.
+    fn step_on(
+        &mut self,
+        sampling: &Sampling,
+        rules: &StopRules,
+        generated: &mut usize,
+        accept: &mut impl FnMut(u32) -> Result<bool>,
+    ) -> Result<Option<Finish>> {
+        let (options, mut ahead, mut is_placed) = (sampling.options(), 1, false);
+        while *generated < rules.max_tokens {
+            let length = self.ids.len();
+            let fits = |steps: &usize| self.decoder.cache_fits(&self.cache, length + steps - 1);
+            let most = ahead.min(rules.max_tokens - *generated);
+            let Some(steps) = (1..=most).rev().find(fits) else { return Ok(None) };
+            is_placed &= self.prepare_steps(steps, rules.max_tokens - *generated, &options)?;
+            let Some(stepper) = &mut self.stepper else { return Ok(None) };
+            if !is_placed {
+                let vocabulary = self.decoder.spec.vocabulary;
+                let counts =
+                    options.has_penalties().then(|| sampler::counts_of(vocabulary, &self.ids, *generated));
+                stepper.place(self.ids[length - 1], length - 1, *generated as u32, counts.as_deref())?;
+                is_placed = true;
+            }
+            for _ in 0..steps {
+                stepper.step(self.decoder, &mut self.cache)?;
+            }
+            for token in stepper.chosen(*generated as u32, steps)? {
+                self.cache.advance(1);
+                let token = token.ok_or_else(|| sampler::not_finite(self.ids.len()))?;
+                if rules.tokens.contains(&token) || !accept(token)? {
+                    return Ok(Some(Finish::Stopped));
+                }
+                self.ids.push(token);
+                *generated += 1;
+            }
+            ahead = (2 * ahead).min(MOST_AHEAD);
+        }
+        Ok(Some(Finish::Length))
+    }
+
+    /// Makes a step for a text that grows by `steps` tokens now and by `wanted` in the end; true where the one that is
+    /// there will do.
+    fn prepare_steps(&mut self, steps: usize, wanted: usize, options: &SampleOptions) -> Result<bool> {
+        let length = self.ids.len();
+        let rows = if self.cache.capacity() < length + steps {
+            // The recording would go on with the memory that is replaced.
+            self.stepper = None;
+            self.cache.reserve(length + wanted.min(MOST_RESERVED).max(steps))?
+        } else {
+            self.cache.capacity()
+        };
+        if self.stepper.as_ref().is_some_and(|held| held.fits(self.decoder, rows, length, options)) {
+            return Ok(true);
+        }
+        self.stepper = None;
+        self.stepper = Some(Stepper::new(self.decoder, rows, length, *options, self.records)?);
+        Ok(false)
     }
 }

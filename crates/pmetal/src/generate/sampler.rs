@@ -1,6 +1,6 @@
 //! From logits to the next token.
 
-use pmetal_engine::random::{RandomKey, stream_of};
+use pmetal_engine::ops::{SEEN, SampleOptions, choose};
 
 use crate::error::{Error, Result};
 
@@ -64,96 +64,47 @@ impl Sampling {
         Ok(())
     }
 
-    /// Chooses the next token; `history` is prompt and text so far, of which the last `generated` were generated.
+    /// Chooses the next token; `history` is prompt and text so far, of which the last `generated` were generated. The
+    /// rules are those of [`choose`], by which devices with memory of their own choose as well.
     ///
     /// # Errors
-    /// [`Error::Diverged`] when no logit is a finite number.
+    /// [`Error::Diverged`] when a logit is not a number or none is finite.
     pub fn choose(&self, logits: &[f32], history: &[u32], generated: usize) -> Result<u32> {
-        let mut scores: Vec<f64> = logits.iter().map(|&logit| f64::from(logit)).collect();
-        if scores.iter().any(|score| score.is_nan()) || !scores.iter().any(|score| score.is_finite()) {
-            return Err(Error::Diverged(format!("the logits of token {} are not finite", history.len())));
-        }
-        self.penalise(&mut scores, history, generated);
-        if self.temperature == 0.0 {
-            return Ok(most_likely(&scores));
-        }
-        let candidates = self.candidates(&scores);
-        let total: f64 = candidates.iter().map(|candidate| candidate.1).sum();
-        let key = RandomKey { seed: self.seed, step: 0, stream: stream_of("sampler") };
-        let target = key.uniform_f64(generated as u64) * total;
-        let mut sum = 0.0;
-        for (token, weight) in &candidates {
-            sum += weight;
-            if sum > target {
-                return Ok(*token);
-            }
-        }
-        // Rounding can leave the sum at the target; the last candidate is the one that was meant.
-        Ok(candidates.last().map_or_else(|| most_likely(&scores), |candidate| candidate.0))
+        let options = self.options();
+        let counts = options.has_penalties().then(|| counts_of(logits.len(), history, generated));
+        choose(logits, counts.as_deref(), generated as u32, &options).ok_or_else(|| not_finite(history.len()))
     }
 
-    fn penalise(&self, scores: &mut [f64], history: &[u32], generated: usize) {
-        if self.repetition_penalty != 1.0 {
-            let mut seen = vec![false; scores.len()];
-            for &token in history {
-                let Some(score) = scores.get_mut(token as usize) else { continue };
-                if !std::mem::replace(&mut seen[token as usize], true) {
-                    *score = if *score > 0.0 {
-                        *score / self.repetition_penalty
-                    } else {
-                        *score * self.repetition_penalty
-                    };
-                }
-            }
+    /// The same for devices.
+    pub fn options(&self) -> SampleOptions {
+        SampleOptions {
+            temperature: self.temperature,
+            top_k: self.top_k,
+            top_p: self.top_p,
+            min_p: self.min_p,
+            repetition_penalty: self.repetition_penalty,
+            presence_penalty: self.presence_penalty,
+            frequency_penalty: self.frequency_penalty,
+            seed: self.seed,
         }
-        if self.presence_penalty != 0.0 || self.frequency_penalty != 0.0 {
-            let mut seen = vec![false; scores.len()];
-            for &token in &history[history.len().saturating_sub(generated)..] {
-                let Some(score) = scores.get_mut(token as usize) else { continue };
-                *score -= self.frequency_penalty;
-                if !std::mem::replace(&mut seen[token as usize], true) {
-                    *score -= self.presence_penalty;
-                }
-            }
-        }
-    }
-
-    /// Tokens that remain, most likely first, with weights relative to the most likely one.
-    fn candidates(&self, scores: &[f64]) -> Vec<(u32, f64)> {
-        let largest = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-        let mut candidates: Vec<(u32, f64)> = scores
-            .iter()
-            .enumerate()
-            .filter(|(_, score)| **score > f64::NEG_INFINITY)
-            .map(|(token, score)| (token as u32, ((score - largest) / self.temperature).exp()))
-            .collect();
-        // Ties in the order of ids, so that the result does not depend on the sort.
-        candidates.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
-        if self.top_k > 0 {
-            candidates.truncate(self.top_k);
-        }
-        if self.top_p < 1.0 {
-            let total: f64 = candidates.iter().map(|candidate| candidate.1).sum();
-            let mut sum = 0.0;
-            let reached = candidates.iter().position(|candidate| {
-                sum += candidate.1;
-                sum >= self.top_p * total
-            });
-            candidates.truncate(reached.map_or(candidates.len(), |index| index + 1));
-        }
-        if self.min_p > 0.0 {
-            candidates.retain(|candidate| candidate.1 >= self.min_p);
-        }
-        candidates
     }
 }
 
-/// The index of the largest score, the first one among equals.
-fn most_likely(scores: &[f64]) -> u32 {
-    let best = scores.iter().enumerate().fold((0, f64::NEG_INFINITY), |best, (index, &score)| {
-        if score > best.1 { (index, score) } else { best }
-    });
-    best.0 as u32
+/// Why there is no next token.
+pub(super) fn not_finite(tokens: usize) -> Error {
+    Error::Diverged(format!("the logits of token {tokens} are not finite"))
+}
+
+/// Which tokens are in a text, and how often each was generated.
+pub(super) fn counts_of(vocabulary: usize, history: &[u32], generated: usize) -> Vec<u32> {
+    let mut counts = vec![0; vocabulary];
+    let prompt = history.len().saturating_sub(generated);
+    for (index, &token) in history.iter().enumerate() {
+        if let Some(count) = counts.get_mut(token as usize) {
+            *count = (*count + u32::from(index >= prompt)) | SEEN;
+        }
+    }
+    counts
 }
 
 #[cfg(test)]

@@ -1,5 +1,6 @@
 //! Keys and values of the tokens that a generation has already seen.
 
+use pmetal_engine::ops;
 use pmetal_engine::{Category, DType, Device, Tensor};
 
 use super::spec::Spec;
@@ -51,31 +52,66 @@ impl KeyValueCache {
         self.tokens = self.tokens.min(tokens);
     }
 
-    /// Writes a layer's new rows after what is held and returns all keys and values.
+    /// Makes room for `tokens` tokens in all and returns for how many there is room.
+    ///
+    /// # Errors
+    /// Out of memory.
+    pub(crate) fn reserve(&mut self, tokens: usize) -> Result<usize> {
+        let (held, device, dtype) = (self.tokens, &self.device, self.dtype);
+        for layer in &mut self.layers {
+            for store in [&mut layer.keys, &mut layer.values] {
+                grow(store, held, tokens, device, dtype)?;
+            }
+        }
+        Ok(self.capacity())
+    }
+
+    /// Tokens that there is room for.
+    pub(crate) fn capacity(&self) -> usize {
+        self.layers.iter().map(|layer| layer.keys.shape()[0]).min().unwrap_or(0)
+    }
+
+    /// Writes a layer's new rows after what is held and returns all keys and values; with `rows`, to these rows on the
+    /// device, and returns all that there is room for.
     pub(super) fn append(
         &mut self,
         layer: usize,
         keys: &Tensor,
         values: &Tensor,
+        rows: Option<&Tensor>,
     ) -> Result<(Tensor, Tensor)> {
         let (start, count) = (self.tokens, keys.shape()[0]);
         let (device, dtype) = (&self.device, self.dtype);
         let held = &mut self.layers[layer];
         for (store, new) in [(&mut held.keys, keys), (&mut held.values, values)] {
-            if start + count > store.shape()[0] {
-                let mut shape = store.shape().to_vec();
-                shape[0] = (start + count).next_multiple_of(GROWTH).max(start * 3 / 2);
-                let mut larger = Tensor::zeros(device, Category::Cache, dtype, &shape)?;
-                larger.write_rows(0, &store.slice_rows(0, start)?)?;
-                *store = larger;
+            match rows {
+                Some(rows) => ops::scatter_rows(new, rows, store)?,
+                None => {
+                    grow(store, start, start + count, device, dtype)?;
+                    store.write_rows(start, new)?;
+                }
             }
-            store.write_rows(start, new)?;
+        }
+        if rows.is_some() {
+            return Ok((held.keys.clone(), held.values.clone()));
         }
         Ok((held.keys.slice_rows(0, start + count)?, held.values.slice_rows(0, start + count)?))
     }
 
     /// Counts the rows that every layer has appended.
-    pub(super) fn advance(&mut self, count: usize) {
+    pub(crate) fn advance(&mut self, count: usize) {
         self.tokens += count;
     }
+}
+
+/// Makes room for `rows` rows, of which the first `held` are kept.
+fn grow(store: &mut Tensor, held: usize, rows: usize, device: &Device, dtype: DType) -> Result<()> {
+    if rows > store.shape()[0] {
+        let mut shape = store.shape().to_vec();
+        shape[0] = rows.next_multiple_of(GROWTH).max(held * 3 / 2);
+        let mut larger = Tensor::zeros(device, Category::Cache, dtype, &shape)?;
+        larger.write_rows(0, &store.slice_rows(0, held)?)?;
+        *store = larger;
+    }
+    Ok(())
 }

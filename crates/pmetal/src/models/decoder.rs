@@ -162,7 +162,8 @@ impl Decoder {
                 layer.run(tape, states, &shared, cache.map(|cache| (cache, index)))?
             };
         }
-        if let Some(cache) = forward.cache {
+        // Where the device decides on rows, whoever reads its tokens counts them.
+        if let Some(cache) = forward.cache.filter(|_| inputs.cache_rows.is_none()) {
             cache.advance(inputs.tokens);
             cache.epochs = self.epochs(cache.tokens());
         }
@@ -226,7 +227,7 @@ impl Decoder {
         cache.tokens() == 0 || cache.epochs == self.epochs(length)
     }
 
-    fn epochs(&self, length: usize) -> Vec<usize> {
+    pub(crate) fn epochs(&self, length: usize) -> Vec<usize> {
         self.spec.ropes.iter().map(|rope| rope.epoch(length)).collect()
     }
 }
@@ -329,7 +330,8 @@ impl Layer {
             [query, key] = ops::rope_all(tape, [query, key], &shared.inputs.ropes[rope])?;
         }
         if let Some((cache, index)) = cache {
-            let (keys, values) = cache.append(index, key.tensor(), value.tensor())?;
+            let rows = shared.inputs.cache_rows.as_ref();
+            let (keys, values) = cache.append(index, key.tensor(), value.tensor(), rows)?;
             (key, value) = (Var::constant(keys), Var::constant(values));
         }
         let mask = shared.inputs.mask(spec);

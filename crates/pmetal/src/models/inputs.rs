@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use pmetal_engine::device::{AttentionMask, Segment};
-use pmetal_engine::ops::{self, RopeTable, Targets};
+use pmetal_engine::ops::{self, Cursor, RopeTable, Targets};
 use pmetal_engine::{Category, Tensor};
 
 use super::decoder::{Decoder, TokenRun, attention_parameters};
@@ -23,6 +23,9 @@ pub struct Inputs {
     pub(super) masks: Vec<(Option<usize>, AttentionMask)>,
     /// Tokens of documents, the others being padding.
     pub(super) tokens: usize,
+    /// u32 \[T\]: rows of the cache that the tokens' keys and values go to, where the device decides. Attention is then
+    /// given all rows of the cache, of which masks show those that are there.
+    pub(super) cache_rows: Option<Tensor>,
 }
 
 impl Inputs {
@@ -78,7 +81,38 @@ impl Decoder {
                 masks.push((attention.window, mask));
             }
         }
-        Ok(Inputs { ids, ropes, masks, tokens: run.ids.len() })
+        Ok(Inputs { ids, ropes, masks, tokens: run.ids.len(), cache_rows: None })
+    }
+
+    /// The most keys that a token sees, for every kind of mask that layers have.
+    pub(crate) fn windows(&self) -> Vec<Option<usize>> {
+        let mut windows = Vec::new();
+        for layer in &self.spec.layers {
+            if !windows.contains(&layer.attention.window) {
+                windows.push(layer.attention.window);
+            }
+        }
+        windows
+    }
+
+    /// The inputs of a step that a cursor on [`Self::windows`] moves through a document of up to `rows` tokens, rotated as
+    /// those of `length` tokens are.
+    ///
+    /// # Errors
+    /// Out of memory.
+    pub(crate) fn step_inputs(&self, cursor: &Cursor, rows: usize, length: usize) -> Result<Inputs> {
+        let last = [Positions { first: rows - 1, count: 1, document_length: length }];
+        let ropes = self.spec.ropes.iter().enumerate();
+        let ropes = ropes.map(|(index, rope)| Ok(self.angles(index, rope, &last, 1)?.at(cursor.position())));
+        let masks = self.windows().into_iter().enumerate();
+        let masks = masks.map(|(kind, window)| Ok((window, cursor.mask(kind, rows)?)));
+        Ok(Inputs {
+            ids: cursor.token(),
+            ropes: ropes.collect::<Result<_>>()?,
+            masks: masks.collect::<Result<_>>()?,
+            tokens: 1,
+            cache_rows: Some(cursor.position()),
+        })
     }
 
     /// Overwrites inputs by those of another run, in the same memory; false, with nothing changed, when that does not

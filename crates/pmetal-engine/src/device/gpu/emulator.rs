@@ -4,6 +4,7 @@
 //! that a seed decides and reports those that miss a barrier.
 
 mod products;
+mod recording;
 #[cfg(test)]
 mod tests;
 
@@ -22,6 +23,7 @@ use sha2::Digest;
 use super::runtime::{Argument, DeviceFacts, Gemm, HostCopy, Launch, ModuleText, Replay, Runtime};
 use crate::device::KernelTime;
 use crate::error::{Error, Result};
+use recording::{Operation, OwnedLaunch, Recorded};
 
 const PRELUDE: &str = include_str!("../../../kernels/prelude/host.h");
 const RUNNER: &str = include_str!("../../../kernels/host/runner.cpp");
@@ -61,19 +63,31 @@ type Entry = unsafe extern "C" fn(*const HostLaunch) -> *const c_char;
 
 /// The host as a device. Work is done when it is asked for.
 pub(crate) struct Emulator {
+    core: Arc<Core>,
+}
+
+/// What recordings and copies share with their emulator.
+struct Core {
     seed: u64,
     launches: AtomicU64,
     /// Sizes of what is allocated.
-    memory: Arc<Mutex<HashMap<u64, usize>>>,
-    failure: Arc<Mutex<Option<(String, String)>>>,
+    memory: Mutex<HashMap<u64, usize>>,
+    /// What was freed since a recording began, whose replays go on to use it.
+    kept: Mutex<Option<Vec<u64>>>,
+    failure: Mutex<Option<(String, String)>>,
+    /// What is recorded instead of being done.
+    recording: Mutex<Option<Vec<Operation>>>,
 }
 
 /// What is copied to and from at the last moment that the contract allows: when it is joined.
 struct LateCopy {
+    state: Arc<Mutex<CopyState>>,
+    core: Arc<Core>,
+}
+
+struct CopyState {
     bytes: Vec<u8>,
     pending: Option<(Way, u64)>,
-    memory: Arc<Mutex<HashMap<u64, usize>>>,
-    failure: Arc<Mutex<Option<(String, String)>>>,
 }
 
 #[derive(Clone, Copy, PartialEq)]
@@ -82,31 +96,21 @@ enum Way {
     Fetch,
 }
 
-impl LateCopy {
-    fn begin(&mut self, way: Way, address: u64) {
-        self.join();
+impl CopyState {
+    fn begin(&mut self, core: &Core, way: Way, address: u64) {
+        self.join(core);
         if way == Way::Fetch {
             // SAFETY: the caller owns the target. What is used before the join shows.
             unsafe { (address as *mut u8).write_bytes(0xFF, self.bytes.len()) };
         }
         self.pending = Some((way, address));
     }
-}
 
-impl HostCopy for LateCopy {
-    fn store(&mut self, address: u64) {
-        self.begin(Way::Store, address);
-    }
-
-    fn fetch(&mut self, address: u64) {
-        self.begin(Way::Fetch, address);
-    }
-
-    fn join(&mut self) {
+    fn join(&mut self, core: &Core) {
         let Some((way, address)) = self.pending.take() else { return };
-        if lock(&self.memory).get(&address).is_none_or(|&bytes| bytes < self.bytes.len()) {
+        if lock(&core.memory).get(&address).is_none_or(|&bytes| bytes < self.bytes.len()) {
             let reason = "its memory was given back before the copy was joined".to_owned();
-            lock(&self.failure).get_or_insert(("copying beside other work".to_owned(), reason));
+            lock(&core.failure).get_or_insert(("copying beside other work".to_owned(), reason));
             return;
         }
         // SAFETY: the range is allocated, as was just seen.
@@ -119,6 +123,27 @@ impl HostCopy for LateCopy {
     }
 }
 
+impl LateCopy {
+    fn enqueue(&self, operation: impl Fn(&mut CopyState, &Core) + Send + 'static) {
+        let state = Arc::clone(&self.state);
+        self.core.enqueue(move |core| operation(&mut lock(&state), core));
+    }
+}
+
+impl HostCopy for LateCopy {
+    fn store(&mut self, address: u64) {
+        self.enqueue(move |state, core| state.begin(core, Way::Store, address));
+    }
+
+    fn fetch(&mut self, address: u64) {
+        self.enqueue(move |state, core| state.begin(core, Way::Fetch, address));
+    }
+
+    fn join(&mut self) {
+        self.enqueue(CopyState::join);
+    }
+}
+
 impl Drop for LateCopy {
     fn drop(&mut self) {
         self.join();
@@ -128,7 +153,27 @@ impl Drop for LateCopy {
 impl Emulator {
     /// A device whose threads and groups run in an order that the seed decides.
     pub(crate) fn new(seed: u64) -> Self {
-        Self { seed, launches: AtomicU64::new(0), memory: Arc::default(), failure: Arc::default() }
+        let (launches, memory) = (AtomicU64::new(0), Mutex::default());
+        let (kept, failure, recording) = (Mutex::default(), Mutex::default(), Mutex::default());
+        Self { core: Arc::new(Core { seed, launches, memory, kept, failure, recording }) }
+    }
+
+    fn enqueue(&self, operation: impl Fn(&Core) + Send + 'static) {
+        self.core.enqueue(operation);
+    }
+}
+
+impl Core {
+    /// Does it, or records it.
+    fn enqueue(&self, operation: impl Fn(&Core) + Send + 'static) {
+        let mut recording = lock(&self.recording);
+        match recording.as_mut() {
+            Some(operations) => operations.push(Box::new(operation)),
+            None => {
+                drop(recording);
+                operation(self);
+            }
+        }
     }
 
     fn keep(&self, result: Result<()>) {
@@ -172,6 +217,33 @@ impl Emulator {
         }
         // SAFETY: a message is a string in the module, which is locked.
         Err(fail(unsafe { CStr::from_ptr(message) }.to_string_lossy().into_owned()))
+    }
+
+    fn launch(&self, launch: &Launch<'_>) {
+        // What follows a failure would work on what it left.
+        if !launch.grid.contains(&0) && self.failure().is_ok() {
+            self.keep(self.try_launch(launch));
+        }
+    }
+
+    /// Gives memory back, whose guard must be as it was.
+    fn release(&self, address: u64) {
+        let Some(bytes) = lock(&self.memory).remove(&address) else {
+            return self.keep(Err(failed("freeing memory", "it is not allocated")));
+        };
+        let layout = Layout::from_size_align(bytes + GUARD, 256).expect("invariant: it was allocated so");
+        let start = address as *mut u8;
+        // SAFETY: the range was allocated with this layout and its guard was initialised.
+        let intact = unsafe {
+            let guard = std::slice::from_raw_parts(start.add(bytes), GUARD);
+            let intact = guard.iter().all(|&byte| byte == GUARD_BYTE);
+            std::alloc::dealloc(start, layout);
+            intact
+        };
+        if !intact {
+            // Nobody may ask for the failure after the last tensor is gone.
+            assert!(std::thread::panicking(), "a kernel wrote behind an allocation of {bytes} bytes");
+        }
     }
 }
 
@@ -271,7 +343,7 @@ impl Runtime for Emulator {
     }
 
     fn memory(&self) -> Result<(usize, usize)> {
-        let taken: usize = lock(&self.memory).values().sum();
+        let taken: usize = lock(&self.core.memory).values().sum();
         Ok(((1_usize << 30).saturating_sub(taken), 1 << 30))
     }
 
@@ -288,43 +360,37 @@ impl Runtime for Emulator {
             start.add(bytes).write_bytes(GUARD_BYTE, GUARD);
             start as u64
         };
-        lock(&self.memory).insert(address, bytes);
+        lock(&self.core.memory).insert(address, bytes);
         Some(address)
     }
 
     fn free(&self, address: u64, _bytes: usize) {
-        let Some(bytes) = lock(&self.memory).remove(&address) else {
-            return self.fail("freeing memory", "it is not allocated");
-        };
-        let layout = Layout::from_size_align(bytes + GUARD, 256).expect("invariant: it was allocated so");
-        let start = address as *mut u8;
-        // SAFETY: the range was allocated with this layout and its guard was initialised.
-        let intact = unsafe {
-            let guard = std::slice::from_raw_parts(start.add(bytes), GUARD);
-            let intact = guard.iter().all(|&byte| byte == GUARD_BYTE);
-            std::alloc::dealloc(start, layout);
-            intact
-        };
-        if !intact {
-            // Nobody may ask for the failure after the last tensor is gone.
-            assert!(std::thread::panicking(), "a kernel wrote behind an allocation of {bytes} bytes");
+        match lock(&self.core.kept).as_mut() {
+            Some(kept) => kept.push(address),
+            None => self.core.release(address),
         }
     }
 
     fn upload(&self, bytes: &[u8], address: u64) {
+        if lock(&self.core.recording).is_some() {
+            return self.fail("copying to the device", "a replay would read the source again");
+        }
         // SAFETY: the caller owns the target.
         unsafe { (address as *mut u8).copy_from(bytes.as_ptr(), bytes.len()) };
     }
 
     fn download(&self, address: u64, bytes: &mut [u8]) -> Result<()> {
+        if lock(&self.core.recording).is_some() {
+            return Err(failed("copying from the device", "nothing that is recorded has run yet"));
+        }
         // SAFETY: the caller owns the source.
         unsafe { (address as *const u8).copy_to(bytes.as_mut_ptr(), bytes.len()) };
-        self.failure()
+        self.core.failure()
     }
 
     fn copy(&self, source: u64, target: u64, bytes: usize) {
-        // SAFETY: the caller owns both ranges.
-        unsafe { (source as *const u8).copy_to(target as *mut u8, bytes) };
+        // SAFETY: the caller owns both ranges, also when a recording is replayed.
+        self.enqueue(move |_| unsafe { (source as *const u8).copy_to(target as *mut u8, bytes) });
     }
 
     fn copy_rows(&self, source: (u64, usize), target: (u64, usize), row_bytes: usize, rows: usize) {
@@ -338,46 +404,57 @@ impl Runtime for Emulator {
     }
 
     fn host_copy(&self, bytes: usize) -> Result<Box<dyn HostCopy>> {
-        let (memory, failure) = (Arc::clone(&self.memory), Arc::clone(&self.failure));
-        Ok(Box::new(LateCopy { bytes: vec![0; bytes], pending: None, memory, failure }))
+        Ok(Box::new(LateCopy {
+            core: Arc::clone(&self.core),
+            state: Arc::new(Mutex::new(CopyState { bytes: vec![0; bytes], pending: None })),
+        }))
     }
 
     fn fill(&self, address: u64, byte: u8, bytes: usize) {
-        // SAFETY: the caller owns the range.
-        unsafe { (address as *mut u8).write_bytes(byte, bytes) };
+        // SAFETY: the caller owns the range, also when a recording is replayed.
+        self.enqueue(move |_| unsafe { (address as *mut u8).write_bytes(byte, bytes) });
     }
 
     fn launch(&self, launch: &Launch<'_>) {
-        // What follows a failure would work on what it left.
-        if !launch.grid.contains(&0) && self.failure().is_ok() {
-            self.keep(self.try_launch(launch));
-        }
+        let launch = OwnedLaunch::new(launch);
+        self.enqueue(move |core| launch.run(core));
     }
 
     fn gemm(&self, gemm: &Gemm) -> Result<()> {
-        products::multiply(gemm);
+        let gemm = *gemm;
+        self.enqueue(move |_| products::multiply(&gemm));
         Ok(())
     }
 
     fn begin_recording(&self) -> Result<bool> {
-        Ok(false)
+        let mut recording = lock(&self.core.recording);
+        if recording.is_some() {
+            return Err(failed("beginning a recording", "another one goes on"));
+        }
+        (*recording, *lock(&self.core.kept)) = (Some(Vec::new()), Some(Vec::new()));
+        Ok(true)
     }
 
     fn end_recording(&self) -> Result<Box<dyn Replay>> {
-        Err(failed("ending a recording", "none was begun"))
+        let operations = lock(&self.core.recording).take();
+        let memory = lock(&self.core.kept).take().unwrap_or_default();
+        let operations = operations.ok_or_else(|| failed("ending a recording", "none was begun"))?;
+        let recorded = Recorded { core: Arc::clone(&self.core), operations, memory };
+        self.core.failure()?;
+        Ok(Box::new(recorded))
     }
 
     fn start_profile(&self) {}
 
     fn end_profile(&self) -> Result<Vec<KernelTime>> {
-        self.failure().map(|()| Vec::new())
+        self.core.failure().map(|()| Vec::new())
     }
 
     fn fail(&self, call: &'static str, reason: &str) {
-        self.keep(Err(failed(call, reason)));
+        self.core.keep(Err(failed(call, reason)));
     }
 
     fn synchronize(&self) -> Result<()> {
-        self.failure()
+        self.core.failure()
     }
 }

@@ -17,14 +17,16 @@ macro_rules! module {
 }
 
 /// The portable kernels.
-static MODULES: [ModuleText; 7] = [
+static MODULES: [ModuleText; 9] = [
     module!("attention"),
     module!("elementwise"),
     module!("gated"),
+    module!("gemv"),
     module!("loss"),
     module!("norm"),
     module!("optimizer"),
     module!("rope"),
+    module!("sampler"),
 ];
 
 fn portable(name: &str) -> &'static ModuleText {
@@ -89,9 +91,9 @@ impl Kernel {
         self.define("ALIGNED", aligned)
     }
 
-    /// Rows of a width that [`lanes`] threads hold in registers when they are aligned.
-    pub(super) fn row(self, width: usize, aligned: bool) -> Self {
-        let vectors = width.div_ceil(8 * lanes(width)).max(1);
+    /// Rows of a width that so many threads hold in registers when they are aligned.
+    pub(super) fn row(self, width: usize, threads: usize, aligned: bool) -> Self {
+        let vectors = width.div_ceil(8 * threads).max(1);
         // Longer rows than all threads can hold are read twice.
         let aligned = aligned && vectors <= MOST_VECTORS;
         self.aligned(aligned).number("VECTORS", if aligned { vectors } else { 1 })
@@ -147,6 +149,14 @@ const MOST_VECTORS: usize = 4;
 pub(super) fn lanes(width: usize) -> usize {
     width.div_ceil(8 * MOST_VECTORS).next_multiple_of(32).clamp(32, 1024)
 }
+
+/// [`lanes`] for this many rows: few rows are as fast as their longest thread, and as its code is short.
+pub(super) fn lanes_of(rows: usize, width: usize) -> usize {
+    if rows > FEW_ROWS { lanes(width) } else { width.div_ceil(8).next_multiple_of(32).clamp(32, 1024) }
+}
+
+/// Rows that leave most of a GPU idle.
+const FEW_ROWS: usize = 64;
 
 /// Whether rows of `columns` elements of all tensors can be read and written by 16 bytes.
 pub(super) fn is_aligned(columns: usize, tensors: &[&Tensor]) -> bool {

@@ -9,10 +9,12 @@ mod counters;
 pub(crate) mod cuda;
 #[cfg(any(test, feature = "emulator"))]
 pub(crate) mod emulator;
+mod gemv;
 mod launch;
 mod optimizer;
 mod products;
 pub(crate) mod runtime;
+mod sampler;
 mod weight_gradients;
 
 use std::sync::Arc;
@@ -29,6 +31,7 @@ use super::{
 };
 use crate::error::Result;
 use crate::memory::Category;
+use crate::ops::{Cursor, SampleOptions};
 use crate::random::RandomKey;
 use crate::{DType, Tensor};
 
@@ -133,7 +136,11 @@ impl Kernels for Gpu {
         finish: &Finish<'_>,
         arithmetic: Arithmetic,
     ) -> Result<()> {
-        self.multiply(products, out, finish, arithmetic)
+        match gemv::Gemv::of(products, out, finish) {
+            Some(gemv) => gemv.launch(self.runtime.as_ref(), out),
+            None => return self.multiply(products, out, finish, arithmetic),
+        }
+        Ok(())
     }
 
     fn add_weight_gradients(&self, gradients: &mut [WeightGradient<'_>]) -> Result<()> {
@@ -180,16 +187,17 @@ impl Kernels for Gpu {
         out: &mut Tensor,
     ) {
         let (rows, inner, width) = norm_rows(x);
+        let threads = launch::lanes_of(rows, width);
         let all: Vec<&Tensor> = [x, &*out].into_iter().chain(weight).collect();
         Kernel::new("norm", "rms_norm")
             .element(x.dtype())
             .weight(weight.map_or(DType::F32, Tensor::dtype))
-            .row(width, launch::is_aligned(width, &all))
+            .row(width, threads, launch::is_aligned(width, &all))
             .arguments(&[x.into(), weight.into(), out.into()])
             .sizes(&[width, inner, x.pitch(), out.pitch()])
             .arguments(&[Argument::F32(epsilon), Argument::F32(shift(kind))])
             .arguments(&[Argument::U32(weight.is_some().into())])
-            .launch(self.runtime.as_ref(), [rows, 1, 1], lanes(width));
+            .launch(self.runtime.as_ref(), [rows, 1, 1], threads);
     }
 
     fn rms_norm_backward(
@@ -208,7 +216,7 @@ impl Kernels for Gpu {
             Kernel::new("norm", "rms_norm_backward")
                 .element(x.dtype())
                 .weight(weight.map_or(DType::F32, Tensor::dtype))
-                .row(width, launch::is_aligned(width, &all))
+                .row(width, lanes(width), launch::is_aligned(width, &all))
                 .arguments(&[x.into(), weight.into(), d_out.into(), d_x.into()])
                 .sizes(&[width, inner, x.pitch(), d_out.pitch(), d_x.pitch()])
                 .arguments(&[Argument::F32(epsilon), Argument::F32(shift(kind))])
@@ -225,7 +233,7 @@ impl Kernels for Gpu {
         Kernel::new("norm", "rms_scales")
             .element(x.dtype())
             .weight(DType::F32)
-            .row(width, false)
+            .row(width, lanes(width), false)
             .arguments(&[x.into(), (&scales).into()])
             .sizes(&[width, inner, x.pitch()])
             .arguments(&[Argument::F32(epsilon)])
@@ -233,7 +241,7 @@ impl Kernels for Gpu {
         Kernel::new("norm", "norm_weight_sums")
             .element(x.dtype())
             .weight(DType::F32)
-            .row(width, false)
+            .row(width, lanes(width), false)
             .arguments(&[x.into(), d_out.into(), (&scales).into(), (&sums).into()])
             .sizes(&[rows, width, inner, x.pitch(), d_out.pitch()])
             .launch(self.runtime.as_ref(), [width.div_ceil(128), parts, 1], 128);
@@ -430,6 +438,10 @@ impl Kernels for Gpu {
 
     fn sum_of_squares(&self, tensors: &[&Tensor], sum: &mut Sum) {
         self.add_squares(tensors, sum);
+    }
+
+    fn sample(&self, logits: &Tensor, options: &SampleOptions, cursor: &Cursor) -> Result<()> {
+        self.choose(logits, &options.constants(logits.columns()), cursor)
     }
 
     fn adamw(&self, entries: &mut [AdamWEntry<'_>], control: &AdamWControl, squares: Option<&Sum>) {

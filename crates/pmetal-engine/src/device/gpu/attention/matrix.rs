@@ -46,6 +46,9 @@ const FEW_QUERIES: usize = 8;
 /// Parts that the keys of one query are divided into, at most.
 const MOST_SPLITS: usize = 64;
 
+/// Keys that a block of the decode kernel takes at a time.
+const DECODE_KEYS: usize = 64;
+
 /// Sizes of an attention.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Shape {
@@ -199,7 +202,9 @@ impl Shape {
     /// Blocks of the decode kernel for each query, and parts of its keys.
     pub(super) fn decode_grid(&self, facts: &DeviceFacts) -> [usize; 3] {
         let blocks = self.key_heads * (self.heads / self.key_heads).div_ceil(16);
-        let splits = (2 * facts.multiprocessors / (blocks * self.tokens)).clamp(1, MOST_SPLITS);
+        // A part has at least one round of the block's SIMD groups over their keys.
+        let most = self.keys.div_ceil(DECODE_KEYS).clamp(1, MOST_SPLITS);
+        let splits = (2 * facts.multiprocessors / (blocks * self.tokens)).clamp(1, most);
         [splits, blocks, self.tokens]
     }
 
@@ -278,6 +283,7 @@ mod tests {
         assert_eq!(thin.forward(&H200), Some(Forward::Decode));
         assert_eq!(thin.decode_grid(&H200), [8, 8, 4]);
         assert_eq!(Shape { tokens: 1, ..thin }.decode_grid(&H200), [33, 8, 1]);
+        assert_eq!(Shape { tokens: 1, keys: 256, ..thin }.decode_grid(&H200), [4, 8, 1]);
         let batch = Shape { tokens: 64, keys: 64 * 512, longest: 1, ..thin };
         assert_eq!(batch.forward(&H200), Some(Forward::Decode));
         assert_eq!(batch.decode_grid(&H200), [1, 8, 64]);

@@ -1,9 +1,11 @@
 //! The emulator itself, and operations on it that [`crate::agreement`] does not compare. Without a compiler every test says
 //! so and passes.
 
+mod gemv;
 mod groups;
 mod levels;
 mod runner;
+mod sampler;
 
 use std::cell::RefCell;
 
@@ -143,5 +145,5 @@ fn a_device_goes_with_the_last_tensor_on_it() {
     assert!(crate::agreement::self_test(&device).iter().all(|outcome| outcome.passed()));
     drop(device);
     assert_eq!(Arc::strong_count(&runtime), 1, "the device's kernels keep it alive");
-    assert!(lock(&runtime.memory).is_empty(), "memory is left behind");
+    assert!(lock(&runtime.core.memory).is_empty(), "memory is left behind");
 }
