@@ -1,7 +1,7 @@
 //! Tables of memory, and what to do where it runs out.
 
 use pmetal::Error;
-use pmetal::engine::memory::{MemoryReport, Shortage};
+use pmetal::engine::memory::{Category, MemoryReport, Shortage};
 use pmetal::engine::{Device, Error as EngineError};
 use pmetal::trainer::memory::Advice;
 
@@ -34,7 +34,7 @@ pub(crate) fn explained(
     let shortage = device.memory().shortage();
     match (&error, shortage) {
         (Error::Engine(EngineError::OutOfMemory { .. }), Some(shortage)) => {
-            failure::detailed(error, details(&shortage), hint(&advice()))
+            failure::detailed(error, details(&shortage), hint(&shortage, &advice()))
         }
         _ => error.into(),
     }
@@ -49,10 +49,16 @@ fn details(shortage: &Shortage) -> String {
     format!("{}asked for: {asked} for {what}; {limit}", table(&shortage.report))
 }
 
-/// `None` when no change of settings would help.
-fn hint(advice: &[Advice]) -> Option<String> {
+/// What to do; `None` for what is usually said.
+fn hint(shortage: &Shortage, advice: &[Advice]) -> Option<String> {
     if advice.is_empty() {
-        return None;
+        return match shortage.category {
+            Category::Weights => Some("the weights alone do not fit: take a smaller model".to_owned()),
+            Category::Parameters | Category::Optimizer => {
+                Some("what is trained does not fit: train adapters of a low rank, not all weights".to_owned())
+            }
+            _ => None,
+        };
     }
     let line = |advice: &Advice| {
         let settings: Vec<String> =

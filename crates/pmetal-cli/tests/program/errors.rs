@@ -29,10 +29,14 @@ fn a_model_without_room_ends_with_4_and_what_was_asked_for() {
     sandbox.write("config.json", &config.to_string());
     let bench = ["bench", "train", "--random-weights", "--config", "config.json"];
     let requested = 2_147_483_647_u64 * (1 << 20) * 4;
-    for (more, what) in [(&[][..], "weights"), (&["--full"], "parameters")] {
+    let kinds = [
+        (&[][..], "weights", "hint: the weights alone"),
+        (&["--full"], "parameters", "hint: what is trained"),
+    ];
+    for (more, what, hint) in kinds {
         let done = sandbox.run(&[&bench[..], more].concat());
         let words = format!("out of memory: {requested} bytes for {what} on top of ");
-        done.fails(4, &[&words, "hint: halve --batch-size"]);
+        done.fails(4, &[&words, "the device has no more", hint]);
     }
 }
 
