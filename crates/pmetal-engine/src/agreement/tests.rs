@@ -262,7 +262,7 @@ fn a_wrong_kernel_fails_the_test_of_its_group_alone() {
         ("rows", "x + (ulong64)indices[GROUP_X] * pitch", "x + (ulong64)GROUP_X * pitch"),
         ("random numbers", "round < 10", "round < 9"),
         ("losses", "logarithm(sum) + top - target", "logarithm(sum) - target"),
-        ("optimizer", "square_root(square) / control[7]", "square_root(square)"),
+        ("optimizer", "square_root(now.second) / control[7]", "square_root(now.second)"),
     ] {
         PLANTED.set(Some((right, wrong)));
         let outcomes = self_test(&device);
