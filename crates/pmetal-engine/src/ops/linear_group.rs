@@ -35,7 +35,7 @@ struct Packed {
 }
 
 /// Rows for which what an adapter reduces is not put next to its input.
-const FEW_TOKENS: usize = 8;
+const FEW_TOKENS: usize = 4;
 
 /// Columns that adapters take are rounded up to this, so that rows stay aligned.
 const SPARE_UNIT: usize = 8;

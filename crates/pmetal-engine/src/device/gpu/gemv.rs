@@ -5,8 +5,11 @@ use super::runtime::{Argument, Runtime};
 use crate::device::{Finish, Operand};
 use crate::{DType, Tensor};
 
-/// More rows than this go to the driver's library, whose matrix units are then worth their trouble.
-pub(super) const MOST_ROWS: usize = 8;
+/// The most rows that the kernel takes.
+const MOST_ROWS: usize = 8;
+
+/// More rows than this are faster on matrix units, where operands are of one narrow type.
+const MOST_NARROW_ROWS: usize = 4;
 
 /// SIMD groups of a group, as the kernel has it.
 const GROUPS: usize = 8;
@@ -39,7 +42,7 @@ impl Form {
         let steps = inner.div_ceil(256);
         // As timed on an H200 for sizes from 2048 to 28672; x is read once for all columns of a SIMD group.
         let features = if rows == 1 { 2 } else { 4 };
-        let splits = steps.next_power_of_two().min(GROUPS);
+        let splits = steps.next_power_of_two().min(if rows > 2 { 4 } else { GROUPS });
         Self { rows, features, splits, depth: 1 }
     }
 
@@ -75,7 +78,8 @@ impl<'a> Gemv<'a> {
         };
         let types = [first_left.tensor.dtype(), first_right.tensor.dtype(), out.dtype()];
         let is_bias = |bias: &Tensor| bias.dtype() == DType::F32;
-        let is_wanted = (1..=MOST_ROWS).contains(&rows)
+        let is_narrow = types[0] == types[1] && types[0].bytes() == 2;
+        let is_wanted = (1..=if is_narrow { MOST_NARROW_ROWS } else { MOST_ROWS }).contains(&rows)
             && features > 0
             && products.len() <= 2
             && products.iter().all(alike)

@@ -61,9 +61,11 @@ fn products_of_few_rows_agree_with_the_processor() {
 #[test]
 fn weights_may_be_narrower_than_what_they_are_multiplied_with() {
     for weight in [DType::Bf16, DType::F16] {
-        check(&format!("f32 by {weight}"), DType::F32, &|run| {
-            product(run, weight, [3, 20], &[264, 8], "a residual")
-        });
+        for rows in [3, 7] {
+            check(&format!("{rows} rows of f32 by {weight}"), DType::F32, &|run| {
+                product(run, weight, [rows, 20], &[264, 8], "a residual")
+            });
+        }
     }
 }
 
