@@ -15,6 +15,12 @@ impl Gpu {
         finish: &Finish<'_>,
         arithmetic: Arithmetic,
     ) -> Result<()> {
+        let is_wide = |(left, right): &(Operand<'_>, Operand<'_>)| {
+            operand_type(arithmetic, left.tensor.dtype(), right.tensor.dtype()) == DType::F32
+        };
+        if out.dtype() != DType::F32 && products.iter().any(is_wide) {
+            return self.multiply_wide(products, out, finish, arithmetic);
+        }
         let mut accumulate = finish.accumulate;
         let alike = |residual: &&Tensor| residual.is_contiguous() && out.is_contiguous();
         let addend = finish.residual.filter(alike).map(Tensor::address);
@@ -58,6 +64,25 @@ impl Gpu {
                 tf32: false,
             })?;
         }
+        Ok(())
+    }
+
+    /// Products of f32 for an output of 16 bits, which libraries do not write.
+    fn multiply_wide(
+        &self,
+        products: &[(Operand<'_>, Operand<'_>)],
+        out: &mut Tensor,
+        finish: &Finish<'_>,
+        arithmetic: Arithmetic,
+    ) -> Result<()> {
+        let mut wide = Tensor::scratch(out.device(), Category::Workspace, DType::F32, out.shape())?;
+        let held = if finish.accumulate { Some(&*out) } else { finish.residual };
+        if let Some(held) = held {
+            self.move_rows(held, &mut wide, 1.0, false);
+        }
+        let finish = Finish { accumulate: held.is_some(), residual: None, ..*finish };
+        self.multiply(products, &mut wide, &finish, arithmetic)?;
+        self.move_rows(&wide, out, 1.0, false);
         Ok(())
     }
 

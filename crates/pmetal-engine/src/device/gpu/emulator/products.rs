@@ -30,6 +30,8 @@ fn store(address: u64, dtype: DType, index: usize, value: f32) {
 
 /// The product as [`Gemm`] states it, summed in f64.
 pub(super) fn multiply(gemm: &Gemm) {
+    let is_known = gemm.out_dtype == DType::F32 || gemm.out_dtype == gemm.operands;
+    assert!(is_known, "no library multiplies {} into {}", gemm.operands, gemm.out_dtype);
     let at = |matrix: &Matrix, row: usize, column: usize| {
         let (row, column) = if matrix.transposed { (column, row) } else { (row, column) };
         f64::from(load(matrix.address, gemm.operands, row * matrix.pitch + column))
