@@ -19,6 +19,7 @@
 
 typedef unsigned int uint;
 typedef unsigned short ushort;
+typedef unsigned char uchar;
 typedef unsigned long long ulong64;
 
 struct bf16 { ushort bits; };
@@ -95,5 +96,15 @@ DEVICE float square_root(float x) { return sqrtf(x); }
 DEVICE float reciprocal_root(float x) { return rsqrtf(x); }
 DEVICE float hyperbolic_tangent(float x) { return tanhf(x); }
 DEVICE float maximum(float a, float b) { return fmaxf(a, b); }
+DEVICE float magnitude(float x) { return fabsf(x); }
 DEVICE uint multiply_high(uint a, uint b) { return __umulhi(a, b); }
+#if __CUDA_ARCH__ >= 890
+// Two numbers to e4m3, the first to the lower byte.
+DEVICE uint native_e4m3_pair(float low, float high) {
+    ushort bits;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(bits) : "f"(high), "f"(low));
+    return bits;
+}
+#define NATIVE_E4M3_PAIR native_e4m3_pair
+#endif
 #define INFINITE __int_as_float(0x7f800000)

@@ -9,6 +9,7 @@
 
 typedef unsigned int uint;
 typedef unsigned short ushort;
+typedef unsigned char uchar;
 typedef unsigned long long ulong64;
 
 // Where the running fibre is.
@@ -109,5 +110,6 @@ DEVICE float square_root(float x) { return sqrtf(x); }
 DEVICE float reciprocal_root(float x) { return 1.0f / sqrtf(x); }
 DEVICE float hyperbolic_tangent(float x) { return tanhf(x); }
 DEVICE float maximum(float a, float b) { return fmaxf(a, b); }
+DEVICE float magnitude(float x) { return fabsf(x); }
 DEVICE uint multiply_high(uint a, uint b) { return (uint)(((ulong64)a * b) >> 32); }
 #define INFINITE as_float(0x7f800000u)

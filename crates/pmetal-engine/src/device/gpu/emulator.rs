@@ -18,7 +18,9 @@ use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
 use libloading::Library;
 use sha2::Digest;
 
-use super::runtime::{Argument, DeviceFacts, Gemm, Launch, ModuleText, Replay, Runtime};
+use super::runtime::{
+    Argument, DeviceFacts, Fp8Scaling, Gemm, Launch, ModuleText, Replay, Runtime, ScaledGemm,
+};
 use crate::device::KernelTime;
 use crate::error::{Error, Result};
 
@@ -65,12 +67,19 @@ pub(super) struct Emulator {
     /// Sizes of what is allocated.
     memory: Mutex<HashMap<u64, usize>>,
     failure: Mutex<Option<(String, String)>>,
+    fp8: Fp8Scaling,
 }
 
 impl Emulator {
     /// A device whose threads and groups run in an order that the seed decides.
     pub(super) fn new(seed: u64) -> Self {
-        Self { seed, launches: AtomicU64::new(0), memory: Mutex::default(), failure: Mutex::default() }
+        let (launches, fp8) = (AtomicU64::new(0), Fp8Scaling::Rows);
+        Self { seed, launches, memory: Mutex::default(), failure: Mutex::default(), fp8 }
+    }
+
+    /// As [`Self::new`], with products of e4m3 that do so with scales.
+    pub(super) fn with_fp8(seed: u64, fp8: Fp8Scaling) -> Self {
+        Self { fp8, ..Self::new(seed) }
     }
 
     fn keep(&self, result: Result<()>) {
@@ -279,6 +288,15 @@ impl Runtime for Emulator {
 
     fn gemm(&self, gemm: &Gemm) -> Result<()> {
         products::multiply(gemm);
+        Ok(())
+    }
+
+    fn fp8(&self) -> std::result::Result<Fp8Scaling, String> {
+        Ok(self.fp8)
+    }
+
+    fn scaled_gemm(&self, gemm: &ScaledGemm) -> Result<()> {
+        products::multiply_scaled(gemm);
         Ok(())
     }
 

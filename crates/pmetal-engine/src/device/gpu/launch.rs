@@ -17,9 +17,10 @@ macro_rules! module {
 }
 
 /// The portable kernels.
-static MODULES: [ModuleText; 7] = [
+static MODULES: [ModuleText; 8] = [
     module!("attention"),
     module!("elementwise"),
+    module!("fp8"),
     module!("gated"),
     module!("loss"),
     module!("norm"),

@@ -8,6 +8,7 @@ mod attention;
 pub(crate) mod cuda;
 #[cfg(test)]
 mod emulator;
+mod fp8;
 mod launch;
 mod optimizer;
 mod products;
@@ -23,7 +24,7 @@ use runtime::{Argument, DeviceFacts};
 
 use super::{
     AdamWControl, AdamWEntry, Arithmetic, AttentionMask, AttentionParameters, CrossEntropyParameters, Finish,
-    GateActivation, Kernels, NormWeight, Operand, RopePairing, RopeRows, Sum,
+    Fp8Kernels, GateActivation, Kernels, NormWeight, Operand, RopePairing, RopeRows, Sum,
 };
 use crate::error::Result;
 use crate::memory::Category;
@@ -420,6 +421,10 @@ impl Kernels for Gpu {
             self.add_values("loss", "add_rows", &losses, total);
         }
         Ok(logits.narrowed_rows(gradient))
+    }
+
+    fn fp8(&self) -> Option<&dyn Fp8Kernels> {
+        Some(self)
     }
 
     fn sum_of_squares(&self, tensors: &[&Tensor], sum: &mut Sum) {

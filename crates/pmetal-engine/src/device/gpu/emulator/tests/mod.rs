@@ -1,6 +1,7 @@
 //! The portable kernels on the emulator against the processor's own. Without a compiler every test says so and passes.
 
 mod attention;
+mod fp8;
 mod groups;
 mod rows;
 mod runner;
