@@ -251,6 +251,9 @@ mod tests {
             change(&mut gemm);
             assert!(keys.insert(Problem::new(&gemm).unwrap().key()), "{gemm:?}");
         }
+        for row_scales in [false, true] {
+            assert!(keys.insert(Problem::scaled(&sample(), row_scales).unwrap().key()), "{row_scales}");
+        }
         let mut gemm = sample();
         gemm.left.address += 4096;
         gemm.scale = 3.0;
@@ -265,6 +268,7 @@ mod tests {
             Problem::new(&gemm).unwrap_err()
         };
         assert_eq!(refused(|gemm| gemm.out_dtype = DType::F16), "bf16 operands with a f16 output");
+        assert_eq!(refused(|gemm| gemm.operands = DType::E4m3), "e4m3 operands with a f32 output");
         assert_eq!(refused(|gemm| gemm.operands = DType::U32), "u32 operands with a f32 output");
         assert_eq!(refused(|gemm| gemm.left.pitch = 2), "left has a pitch of 2 elements for rows of 3");
     }
