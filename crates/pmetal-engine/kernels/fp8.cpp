@@ -31,6 +31,17 @@ DEVICE uint e4m3_pair(float low, float high) {
 // The factor of a row, whose scale is its inverse; sizes that f32 could not divide by count as zero.
 DEVICE float row_factor(float greatest) { return 448.0f / maximum(greatest, 1e-30f); }
 
+#if ALIGNED
+DEVICE Eight weighted_eight(Packed<SOURCE> x, const GLOBAL float* factors, bool weighted) {
+    Eight a = unpacked(x);
+    if (weighted) {
+        Eight f = load_eight(factors);
+        for (int j = 0; j < 8; ++j) a.v[j] *= f.v[j];
+    }
+    return a;
+}
+#endif
+
 KERNEL(quantise_rows)(
     const GLOBAL SOURCE* x, const GLOBAL float* factors, GLOBAL uchar* codes, GLOBAL float* scales, SCALAR(uint, columns),
     SCALAR(uint, pitch), SCALAR(uint, weighted)) {
@@ -39,16 +50,17 @@ KERNEL(quantise_rows)(
     codes += (ulong64)GROUP_X * columns;
     float greatest = 0.0f;
 #if ALIGNED
-    Eight a[VECTORS];
+    // Packed, because registers are what limits the groups that run at one time.
+    Packed<SOURCE> a[VECTORS];
+    UNROLL for (uint n = 0; n < VECTORS; ++n) {
+        uint i = (n * THREADS + THREAD) * 8;
+        if (i < columns) a[n] = load_packed(x + i);
+    }
     UNROLL for (uint n = 0; n < VECTORS; ++n) {
         uint i = (n * THREADS + THREAD) * 8;
         if (i >= columns) continue;
-        a[n] = load_eight(x + i);
-        if (weighted) {
-            Eight f = load_eight(factors + i);
-            for (int j = 0; j < 8; ++j) a[n].v[j] *= f.v[j];
-        }
-        for (int j = 0; j < 8; ++j) greatest = maximum(greatest, magnitude(a[n].v[j]));
+        Eight all = weighted_eight(a[n], factors + i, weighted != 0);
+        for (int j = 0; j < 8; ++j) greatest = maximum(greatest, magnitude(all.v[j]));
     }
 #else
     for (uint i = THREAD; i < columns; i += THREADS) {
@@ -61,11 +73,12 @@ KERNEL(quantise_rows)(
     UNROLL for (uint n = 0; n < VECTORS; ++n) {
         uint i = (n * THREADS + THREAD) * 8;
         if (i >= columns) continue;
-        ulong64 all = 0;
+        Eight all = weighted_eight(a[n], factors + i, weighted != 0);
+        ulong64 eight = 0;
         for (int j = 0; j < 4; ++j) {
-            all |= (ulong64)e4m3_pair(a[n].v[2 * j] * factor, a[n].v[2 * j + 1] * factor) << 16 * j;
+            eight |= (ulong64)e4m3_pair(all.v[2 * j] * factor, all.v[2 * j + 1] * factor) << 16 * j;
         }
-        *(GLOBAL ulong64*)(codes + i) = all;
+        *(GLOBAL ulong64*)(codes + i) = eight;
     }
 #else
     for (uint i = THREAD; i < columns; i += THREADS) {

@@ -69,6 +69,15 @@ template <typename T> DEVICE Eight load_eight_narrow(const T* p) {
     }
     return out;
 }
+// Eight elements as they lie in memory, for who holds many.
+template <typename T> struct Packed { uint4 raw; };
+template <> struct Packed<f32> { float4 low, high; };
+template <typename T> DEVICE Packed<T> load_packed(const T* p) { return {*(const uint4*)p}; }
+template <> DEVICE Packed<f32> load_packed(const f32* p) { return {*(const float4*)p, *(const float4*)(p + 4)}; }
+template <typename T> DEVICE Eight unpacked(Packed<T> x) { return load_eight_narrow((const T*)&x.raw); }
+template <> DEVICE Eight unpacked(Packed<f32> x) {
+    return {{x.low.x, x.low.y, x.low.z, x.low.w, x.high.x, x.high.y, x.high.z, x.high.w}};
+}
 DEVICE Eight load_eight(const bf16* p) { return load_eight_narrow(p); }
 DEVICE Eight load_eight(const f16* p) { return load_eight_narrow(p); }
 DEVICE void store_eight(Eight x, f32* p) {

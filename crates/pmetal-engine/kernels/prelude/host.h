@@ -97,6 +97,19 @@ template <typename T> DEVICE Eight load_eight(const T* p) {
     for (int i = 0; i < 8; ++i) out.v[i] = widen(p[i]);
     return out;
 }
+// Eight elements as they lie in memory, for who holds many.
+template <typename T> struct Packed { T v[8]; };
+template <typename T> DEVICE Packed<T> load_packed(const T* p) {
+    check_alignment(p);
+    Packed<T> out;
+    memcpy(out.v, p, sizeof out.v);
+    return out;
+}
+template <typename T> DEVICE Eight unpacked(Packed<T> x) {
+    Eight out;
+    for (int i = 0; i < 8; ++i) out.v[i] = widen(x.v[i]);
+    return out;
+}
 template <typename T> DEVICE void store_eight(Eight x, T* p) {
     check_alignment(p);
     for (int i = 0; i < 8; ++i) narrow(x.v[i], p + i);

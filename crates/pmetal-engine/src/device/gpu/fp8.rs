@@ -98,7 +98,11 @@ impl Fp8Kernels for Gpu {
             reason,
         })?;
         let scales = [&left.scales, &right.scales];
-        let in_product = scaling == Fp8Scaling::Rows;
+        let in_product = scaling != Fp8Scaling::Afterwards;
+        let (added, addend) = match scaling {
+            Fp8Scaling::RowsAndAddend => (addend.map(Tensor::address), None),
+            _ => (None, addend),
+        };
         self.runtime.scaled_gemm(&ScaledGemm {
             rows: out.rows(),
             columns: out.columns(),
@@ -106,6 +110,7 @@ impl Fp8Kernels for Gpu {
             left: left.codes.address(),
             right: right.codes.address(),
             scales: in_product.then(|| scales.map(Tensor::address)),
+            addend: added,
             out: Matrix { address: out.address_mut(), pitch: out.pitch(), transposed: false },
             out_dtype: out.dtype(),
         })?;

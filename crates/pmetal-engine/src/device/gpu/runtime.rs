@@ -232,6 +232,8 @@ pub(crate) struct Gemm {
 pub(crate) enum Fp8Scaling {
     /// Each row of both operands has its scale in the product.
     Rows,
+    /// As [`Self::Rows`], and the product adds a matrix.
+    RowsAndAddend,
     /// None: the result is scaled afterwards.
     Afterwards,
 }
@@ -250,8 +252,10 @@ pub(crate) struct ScaledGemm {
     pub(crate) left: u64,
     /// Address of the right operand.
     pub(crate) right: u64,
-    /// Addresses of f32 \[M\] and f32 \[N\]; with [`Fp8Scaling::Rows`] alone.
+    /// Addresses of f32 \[M\] and f32 \[N\]; not with [`Fp8Scaling::Afterwards`].
     pub(crate) scales: Option<[u64; 2]>,
+    /// Address of a matrix with the output's type and pitch that is added; with [`Fp8Scaling::RowsAndAddend`] alone.
+    pub(crate) addend: Option<u64>,
     /// Where the result goes.
     pub(crate) out: Matrix,
     /// bf16 or f32.

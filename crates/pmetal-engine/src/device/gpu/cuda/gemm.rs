@@ -206,11 +206,7 @@ impl Products {
             self.set(&operation, DESCRIPTOR_B_SCALE_MODE, &SCALE_ROWS)?;
         }
         if problem.operand_type == TYPE_E4M3 {
-            self.set(
-                &operation,
-                DESCRIPTOR_FAST_SUMS,
-                &i8::from(fp8::FAST_SUMS && std::env::var_os("PMETAL_EXACT_SUMS").is_none()),
-            )?;
+            self.set(&operation, DESCRIPTOR_FAST_SUMS, &i8::from(fp8::FAST_SUMS))?;
         }
         describe(&operation)?;
         if problem.bias {

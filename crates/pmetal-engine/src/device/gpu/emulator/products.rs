@@ -63,8 +63,10 @@ pub(super) fn multiply_scaled(gemm: &ScaledGemm) {
             let factor = gemm.scales.map_or(1.0, |[left, right]| {
                 f64::from(load(left, DType::F32, row)) * f64::from(load(right, DType::F32, column))
             });
-            let sum = factor * products.sum::<f64>();
-            store(gemm.out.address, gemm.out_dtype, row * gemm.out.pitch + column, sum as f32);
+            let index = row * gemm.out.pitch + column;
+            let added = gemm.addend.map_or(0.0, |addend| f64::from(load(addend, gemm.out_dtype, index)));
+            let sum = factor * products.sum::<f64>() + added;
+            store(gemm.out.address, gemm.out_dtype, index, sum as f32);
         }
     }
 }

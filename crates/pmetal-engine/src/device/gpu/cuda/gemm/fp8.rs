@@ -22,7 +22,7 @@ fn plain(gemm: &ScaledGemm) -> Gemm {
         bias: None,
         scale: 1.0,
         accumulate: false,
-        addend: None,
+        addend: gemm.addend,
         tf32: false,
     }
 }
@@ -32,7 +32,7 @@ impl Products {
     pub(in super::super) fn fp8_scaling(&self) -> std::result::Result<Fp8Scaling, String> {
         // The probe looks for an algorithm; nothing is computed, so any address serves.
         let address = self.workspace;
-        let probe = |scales| {
+        let probe = |scales, addend| {
             let out = Matrix { address, pitch: 64, transposed: false };
             let gemm = ScaledGemm {
                 rows: 64,
@@ -41,6 +41,7 @@ impl Products {
                 left: address,
                 right: address,
                 scales,
+                addend,
                 out,
                 out_dtype: DType::Bf16,
             };
@@ -48,10 +49,13 @@ impl Products {
             let plan = self.plan_fp8(&problem, scales)?;
             self.candidates(&problem, &plan).map(drop)
         };
-        if probe(Some([address; 2])).is_ok() {
+        if probe(Some([address; 2]), Some(address)).is_ok() {
+            return Ok(Fp8Scaling::RowsAndAddend);
+        }
+        if probe(Some([address; 2]), None).is_ok() {
             return Ok(Fp8Scaling::Rows);
         }
-        match probe(None) {
+        match probe(None, None) {
             Ok(()) => Ok(Fp8Scaling::Afterwards),
             Err(error) => Err(format!("cuBLASLt has no products of 8-bit floats here: {error}")),
         }
@@ -75,8 +79,14 @@ impl Products {
         give: &dyn Fn(u64, usize),
     ) -> Result<()> {
         let problem = Problem::scaled(&plain(gemm), gemm.scales.is_some()).map_err(unsupported)?;
-        let out = gemm.out.address;
-        let call = Call { a: gemm.right, b: gemm.left, out, addend: out, scale: 1.0, accumulate: false };
+        let call = Call {
+            a: gemm.right,
+            b: gemm.left,
+            out: gemm.out.address,
+            addend: gemm.addend.unwrap_or(gemm.out.address),
+            scale: 1.0,
+            accumulate: gemm.addend.is_some(),
+        };
         let mut plan = match self.plans.remove(&problem) {
             Some(plan) => plan,
             None => self.plan_fp8(&problem, gemm.scales)?,

@@ -215,7 +215,7 @@ fn expected_d_input(
 
 #[test]
 fn a_group_with_weights_of_eight_bits_computes_what_its_codes_mean() {
-    for scaling in [Fp8Scaling::Rows, Fp8Scaling::Afterwards] {
+    for scaling in [Fp8Scaling::Rows, Fp8Scaling::RowsAndAddend, Fp8Scaling::Afterwards] {
         let Some(device) = device(scaling) else { return };
         let x = numbers(100, TOKENS * WIDTH);
         let d_out = [numbers(101, FEATURES[0]), numbers(102, FEATURES[1])];
@@ -268,7 +268,7 @@ fn a_group_with_weights_of_eight_bits_computes_what_its_codes_mean() {
 
 #[test]
 fn products_of_codes_have_scales_bias_and_addend() {
-    for scaling in [Fp8Scaling::Rows, Fp8Scaling::Afterwards] {
+    for scaling in [Fp8Scaling::Rows, Fp8Scaling::RowsAndAddend, Fp8Scaling::Afterwards] {
         let Some(device) = device(scaling) else { return };
         let (rows, columns, inner) = (3, 32, 16);
         let tensor = |seed, shape: &[usize]| {
