@@ -149,10 +149,12 @@ pub(super) fn lanes(width: usize) -> usize {
     width.div_ceil(8 * MOST_VECTORS).next_multiple_of(32).clamp(32, 1024)
 }
 
-/// Whether rows of `columns` elements of all tensors can be read and written by 16 bytes.
+/// Whether rows of `columns` elements of all tensors can be read and written by 16 bytes. A tensor of one dimension is one
+/// row, whatever its pitch.
 pub(super) fn is_aligned(columns: usize, tensors: &[&Tensor]) -> bool {
     columns.is_multiple_of(8)
-        && tensors
-            .iter()
-            .all(|tensor| tensor.pitch().is_multiple_of(8) && tensor.address().is_multiple_of(16))
+        && tensors.iter().all(|tensor| {
+            let one_row = tensor.shape().len() == 1;
+            (one_row || tensor.pitch().is_multiple_of(8)) && tensor.address().is_multiple_of(16)
+        })
 }

@@ -309,3 +309,15 @@ fn what_cannot_be_rounded_stays_or_is_refused() {
     group.layers_mut()[0].lora.as_mut().unwrap().dropout = 0.1;
     assert!(group.pack(DType::F32).unwrap_err().to_string().contains("drop elements"));
 }
+
+#[test]
+fn a_vector_is_aligned_when_its_address_is() {
+    use crate::device::gpu::launch::is_aligned;
+    let Some(device) = device(Fp8Scaling::Rows) else { return };
+    let zeros = |shape: &[usize]| Tensor::zeros(&device, Category::Workspace, DType::F32, shape).unwrap();
+    let (vector, matrix) = (zeros(&[24]), zeros(&[3, 24]));
+    assert!(is_aligned(24, &[&vector, &matrix]));
+    assert!(!is_aligned(20, &[&vector]));
+    let odd = zeros(&[3, 27]).split_columns(&[24, 3]).unwrap().remove(0);
+    assert!(!is_aligned(24, &[&vector, &odd]), "rows do not start at vectors");
+}
