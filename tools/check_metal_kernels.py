@@ -29,6 +29,7 @@ LIBRARY = """
 #define sampler reserved-word
 typedef unsigned int uint;
 typedef unsigned short ushort;
+typedef unsigned char uchar;
 typedef unsigned long ulong;
 #define half _Float16
 typedef float float4 __attribute__((ext_vector_type(4)));
@@ -52,6 +53,7 @@ enum memory_order { memory_order_relaxed };
 uint atomic_fetch_add_explicit(volatile threadgroup atomic_uint*, uint, memory_order);
 float dot(float4, float4);
 float exp(float);
+float fabs(float);
 float fract(float);
 float log(float);
 float sqrt(float);

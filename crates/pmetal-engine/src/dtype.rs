@@ -11,6 +11,8 @@ pub enum DType {
     Bf16,
     /// IEEE half precision.
     F16,
+    /// Eight bits with four of exponent and three of mantissa, 448 at most; means something with a scale alone.
+    E4m3,
     /// Unsigned 32-bit, for token ids.
     U32,
     /// Signed 32-bit, for labels (-100 = not trained).
@@ -23,6 +25,7 @@ impl DType {
         match self {
             Self::F32 | Self::U32 | Self::I32 => 4,
             Self::Bf16 | Self::F16 => 2,
+            Self::E4m3 => 1,
         }
     }
 
@@ -37,6 +40,7 @@ impl DType {
             Self::F32 => "f32",
             Self::Bf16 => "bf16",
             Self::F16 => "f16",
+            Self::E4m3 => "e4m3",
             Self::U32 => "u32",
             Self::I32 => "i32",
         }
@@ -60,4 +64,4 @@ macro_rules! scalar {
         $(impl Scalar for $rust { const DTYPE: DType = DType::$dtype; })*
     };
 }
-scalar!(f32 => F32, bf16 => Bf16, f16 => F16, u32 => U32, i32 => I32);
+scalar!(f32 => F32, bf16 => Bf16, f16 => F16, u8 => E4m3, u32 => U32, i32 => I32);

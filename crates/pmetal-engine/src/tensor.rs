@@ -524,6 +524,7 @@ impl Tensor {
             DType::F32 => self.to_vec::<f32>()?,
             DType::Bf16 => self.to_vec::<half::bf16>()?.iter().map(|value| value.to_f32()).collect(),
             DType::F16 => self.to_vec::<half::f16>()?.iter().map(|value| value.to_f32()).collect(),
+            DType::E4m3 => self.to_vec::<u8>()?.into_iter().map(crate::device::e4m3_value).collect(),
             DType::U32 => self.to_vec::<u32>()?.iter().map(|&value| value as f32).collect(),
             DType::I32 => self.to_vec::<i32>()?.iter().map(|&value| value as f32).collect(),
         })

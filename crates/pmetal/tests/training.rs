@@ -452,3 +452,25 @@ fn cross_entropy_and_its_gradient_are_those_of_pytorch() {
         }
     }
 }
+
+#[test]
+fn layers_that_are_read_one_by_one_give_the_loss_of_the_whole_model() {
+    let batch = packed(&rows());
+    for name in MODELS {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures").join(name);
+        let (checkpoint, config) = loader::open(&folder).unwrap();
+        let options = LoadOptions { dtype: DType::F32, train_all: false };
+        let mut decoder = loader::load(&checkpoint, &config, &Device::cpu(), options).unwrap().decoder;
+        let losses = |decoder: &Decoder| {
+            loader::losses_beside_checkpoint(decoder, &checkpoint, &batch.run, &batch.labels).unwrap()
+        };
+        let [whole, one_by_one] = losses(&decoder);
+        assert_eq!(whole, one_by_one, "{name}");
+        assert!(whole > 1.0, "{name}: {whole}");
+        // Adapters count in the first alone.
+        lora::load(&mut decoder, &folder.join("adapter"), true).unwrap();
+        let [adapted, again] = losses(&decoder);
+        assert_eq!(again, one_by_one, "{name}");
+        assert_ne!(adapted, again, "{name}");
+    }
+}

@@ -10,14 +10,14 @@ use anyhow::Context;
 use clap::{Args, Subcommand};
 use pmetal::engine::device::KernelTime;
 use pmetal::engine::random::RandomKey;
-use pmetal::engine::{Device, MemoryReport, Recompute};
+use pmetal::engine::{DType, Device, MemoryReport, Recompute};
 use pmetal::formats::adapter::AdapterConfig;
 use pmetal::models::loader::{self, LoadOptions};
-use pmetal::models::{Config, TokenRun};
+use pmetal::models::{BaseStorage, Config, TokenRun};
 use pmetal::trainer::config::Setting;
 use pmetal::trainer::learner::{Learner, MicroBatch, OptimizerSettings};
 
-use super::{DeviceChoice, Precision};
+use super::{BasePrecision, DeviceChoice, Precision};
 use crate::memory;
 
 /// Arguments of `pmetal bench`.
@@ -74,6 +74,9 @@ struct TrainBench {
     /// Type of activations
     #[arg(long, value_enum, default_value = "auto")]
     dtype: Precision,
+    /// How frozen weights are kept
+    #[arg(long, value_enum, default_value = "auto")]
+    base_precision: BasePrecision,
     /// Where to compute
     #[arg(long, value_enum, default_value = "auto")]
     device: DeviceChoice,
@@ -118,7 +121,9 @@ fn train(arguments: &TrainBench) -> anyhow::Result<ExitCode> {
     if arguments.memory_limit_gib > 0.0 {
         device.memory().set_limit(Some((arguments.memory_limit_gib * (1_u64 << 30) as f64) as usize));
     }
-    let measured = measure(arguments, &config, &device);
+    let dtype = arguments.dtype.dtype(&device)?;
+    let base = arguments.base_precision.storage(arguments.full, &device, dtype)?;
+    let measured = measure(arguments, &config, &device, (dtype, base));
     let (facts, report) = measured.map_err(|error| memory::explained(error, &device, Vec::new))?;
     if arguments.json {
         println!("{facts}");
@@ -136,15 +141,26 @@ fn measure(
     arguments: &TrainBench,
     config: &Config,
     device: &Device,
+    (dtype, base): (DType, BaseStorage),
 ) -> pmetal::Result<(serde_json::Value, MemoryReport)> {
-    let dtype = arguments.dtype.dtype(device)?;
     let options = LoadOptions { dtype, train_all: arguments.full };
-    let mut decoder = loader::random(config, device, options, 0)?;
+    let mut decoder = loader::random_base(config, device, options, base, 0)?;
     if !arguments.full {
         let adapter = AdapterConfig::all_linear(arguments.lora_r, 2.0 * arguments.lora_r as f64);
         pmetal::lora::attach(&mut decoder, &adapter, 0)?;
     }
     let (vocabulary, parameters) = (decoder.spec.vocabulary, decoder.spec.parameter_count());
+    let first_losses = match base {
+        BaseStorage::Typed => None,
+        BaseStorage::Fp8 => {
+            let batch = random_batch(arguments.batch_size, arguments.max_seq_len, vocabulary, 0);
+            Some(loader::losses_beside_random(&decoder, config, 0, &batch.run, &batch.labels)?)
+        }
+    };
+    if let Some([rounded, original]) = first_losses {
+        eprintln!("fp8 base: loss {rounded:.4} instead of {original:.4} on the first batch");
+    }
+    let loading_peak_bytes = device.memory().report().peak_bytes;
     let weight_bytes = device.memory().report().live(pmetal::engine::Category::Weights);
     let settings = OptimizerSettings {
         recompute: arguments.gradient_checkpointing,
@@ -183,6 +199,8 @@ fn measure(
         "peak_rss_bytes": pmetal::trainer::resident_peak_bytes(),
         "dtype": dtype.name(),
         "weight_bytes": weight_bytes,
+        "loading_peak_bytes": loading_peak_bytes,
+        "first_losses": first_losses,
         "instructions": pmetal::engine::device::SimdLevel::current().name(),
         "threads": rayon::current_num_threads(),
         "batch_size": arguments.batch_size,

@@ -10,9 +10,10 @@ pub(crate) mod train;
 pub(crate) mod verify;
 
 use anyhow::Context;
-use pmetal::core::device::activation_type;
+use pmetal::core::device::{activation_type, base_storage};
 use pmetal::engine::device::SimdLevel;
 use pmetal::engine::{DType, Device};
+use pmetal::models::BaseStorage;
 use pmetal::trainer::config;
 
 use crate::style;
@@ -51,6 +52,29 @@ impl Precision {
             Self::Bf16 => config::Precision::Bf16,
         };
         activation_type(precision, device)
+    }
+}
+
+/// Storages of frozen weights that flags name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum BasePrecision {
+    /// The type of activations on a GPU, as stored on a CPU
+    Auto,
+    /// 8-bit floats with a scale for each output (NVIDIA GPUs of compute capability 8.9 and higher)
+    Fp8,
+}
+
+impl BasePrecision {
+    pub(crate) fn storage(self, full: bool, device: &Device, dtype: DType) -> anyhow::Result<BaseStorage> {
+        let config = config::TrainConfig {
+            tuning: if full { config::Tuning::Full } else { config::Tuning::Lora },
+            base_precision: match self {
+                Self::Auto => config::BasePrecision::Auto,
+                Self::Fp8 => config::BasePrecision::Fp8,
+            },
+            ..config::TrainConfig::default()
+        };
+        Ok(base_storage(&config, device, dtype)?)
     }
 }
 

@@ -152,6 +152,12 @@ fn cases() -> Vec<Case> {
         ),
         ("seed", &[], &["--seed", "1"], Adapter),
         ("dtype", &[], &["--dtype", "bf16"], Adapter),
+        (
+            "base_precision",
+            &[],
+            &["--base-precision", "fp8", "--device", "cpu"],
+            Refused(2, &["base_precision fp8 cannot be used", "the processor", "use base_precision auto"]),
+        ),
         ("device", &[], &["--device", "metal"], Refused(2, &["device `metal`", "only cpu and cuda"])),
         (
             "deterministic",

@@ -117,6 +117,11 @@ fn every_flag_of_bench_train_changes_the_result() {
     assert_eq!(bench(&["--device", "cpu"])["loss"], plain["loss"]);
     assert_eq!(bench(&["--threads", "2"])["threads"], 2);
     sandbox.run(&["bench", "train", "--config", "config.json"]).fails(2, &["--random-weights"]);
+    let fp8 = ["bench", "train", "--random-weights", "--config", "config.json", "--base-precision", "fp8"];
+    sandbox
+        .run(&[&fp8[..], &["--device", "cpu"]].concat())
+        .fails(2, &["base_precision fp8 cannot be used", "use base_precision auto"]);
+    sandbox.run(&[&fp8[..], &["--full"]].concat()).fails(2, &["no weight is frozen", "use tuning lora"]);
     for (flag, least) in [("--steps", 1), ("--batch-size", 1), ("--max-seq-len", 2), ("--lora-r", 1)] {
         let arguments = ["bench", "train", "--random-weights", "--config", "config.json", flag, "0"];
         sandbox.run(&arguments).fails(2, &[&format!("{flag} is 0, it must be at least {least}")]);

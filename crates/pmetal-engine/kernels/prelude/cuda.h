@@ -26,6 +26,7 @@
 
 typedef unsigned int uint;
 typedef unsigned short ushort;
+typedef unsigned char uchar;
 typedef unsigned long long ulong64;
 
 struct bf16 { ushort bits; };
@@ -89,6 +90,15 @@ DEVICE Eight load_eight_once(const f32* p) {
 }
 template <typename T> DEVICE Eight load_eight_once(const T* p) { return widen_eight<T>(load_once(p)); }
 #define load_eight_once load_eight_once
+// Eight elements as they lie in memory, for who holds many.
+template <typename T> struct Packed { uint4 raw; };
+template <> struct Packed<f32> { float4 low, high; };
+template <typename T> DEVICE Packed<T> load_packed(const T* p) { return {*(const uint4*)p}; }
+template <> DEVICE Packed<f32> load_packed(const f32* p) { return {*(const float4*)p, *(const float4*)(p + 4)}; }
+template <typename T> DEVICE Eight unpacked(Packed<T> x) { return widen_eight<T>(x.raw); }
+template <> DEVICE Eight unpacked(Packed<f32> x) {
+    return {{x.low.x, x.low.y, x.low.z, x.low.w, x.high.x, x.high.y, x.high.z, x.high.w}};
+}
 DEVICE void store_eight(Eight x, f32* p) {
     *(float4*)p = make_float4(x.v[0], x.v[1], x.v[2], x.v[3]);
     *(float4*)(p + 4) = make_float4(x.v[4], x.v[5], x.v[6], x.v[7]);
@@ -114,6 +124,16 @@ DEVICE float square_root(float x) { return sqrtf(x); }
 DEVICE float reciprocal_root(float x) { return rsqrtf(x); }
 DEVICE float hyperbolic_tangent(float x) { return tanhf(x); }
 DEVICE float maximum(float a, float b) { return fmaxf(a, b); }
+DEVICE float magnitude(float x) { return fabsf(x); }
 DEVICE uint multiply_high(uint a, uint b) { return __umulhi(a, b); }
 DEVICE void atomic_add(SHARED_POINTER(uint) p, uint x) { atomicAdd(p, x); }
+#if __CUDA_ARCH__ >= 890
+// Two numbers to e4m3, the first to the lower byte.
+DEVICE uint native_e4m3_pair(float low, float high) {
+    ushort bits;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(bits) : "f"(high), "f"(low));
+    return bits;
+}
+#define NATIVE_E4M3_PAIR native_e4m3_pair
+#endif
 #define INFINITE __int_as_float(0x7f800000)

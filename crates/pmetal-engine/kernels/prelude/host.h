@@ -9,6 +9,7 @@
 
 typedef unsigned int uint;
 typedef unsigned short ushort;
+typedef unsigned char uchar;
 typedef unsigned long long ulong64;
 
 // Where the running fibre is.
@@ -105,6 +106,19 @@ template <typename T> DEVICE Eight load_eight(const T* p) {
     for (int i = 0; i < 8; ++i) out.v[i] = widen(p[i]);
     return out;
 }
+// Eight elements as they lie in memory, for who holds many.
+template <typename T> struct Packed { T v[8]; };
+template <typename T> DEVICE Packed<T> load_packed(const T* p) {
+    check_alignment(p);
+    Packed<T> out;
+    memcpy(out.v, p, sizeof out.v);
+    return out;
+}
+template <typename T> DEVICE Eight unpacked(Packed<T> x) {
+    Eight out;
+    for (int i = 0; i < 8; ++i) out.v[i] = widen(x.v[i]);
+    return out;
+}
 template <typename T> DEVICE void store_eight(Eight x, T* p) {
     check_alignment(p);
     for (int i = 0; i < 8; ++i) narrow(x.v[i], p + i);
@@ -118,6 +132,7 @@ DEVICE float square_root(float x) { return sqrtf(x); }
 DEVICE float reciprocal_root(float x) { return 1.0f / sqrtf(x); }
 DEVICE float hyperbolic_tangent(float x) { return tanhf(x); }
 DEVICE float maximum(float a, float b) { return fmaxf(a, b); }
+DEVICE float magnitude(float x) { return fabsf(x); }
 DEVICE uint multiply_high(uint a, uint b) { return (uint)(((ulong64)a * b) >> 32); }
 // Fibres change places at barriers alone.
 DEVICE void atomic_add(SHARED_POINTER(uint) p, uint x) { *p += x; }

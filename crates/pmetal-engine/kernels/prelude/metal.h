@@ -63,8 +63,7 @@ DEVICE Eight load_eight(const GLOBAL f32* p) {
     float4 a = *(const GLOBAL float4*)p, b = *(const GLOBAL float4*)(p + 4);
     return {{a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w}};
 }
-template <typename T> DEVICE Eight load_eight_narrow(const GLOBAL T* p) {
-    uint4 raw = *(const GLOBAL uint4*)p;
+template <typename T> DEVICE Eight widen_eight(uint4 raw) {
     Eight out;
     for (uint i = 0; i < 4; ++i) {
         T low, high;
@@ -75,8 +74,19 @@ template <typename T> DEVICE Eight load_eight_narrow(const GLOBAL T* p) {
     }
     return out;
 }
-DEVICE Eight load_eight(const GLOBAL bf16* p) { return load_eight_narrow(p); }
-DEVICE Eight load_eight(const GLOBAL f16* p) { return load_eight_narrow(p); }
+DEVICE Eight load_eight(const GLOBAL bf16* p) { return widen_eight<bf16>(*(const GLOBAL uint4*)p); }
+DEVICE Eight load_eight(const GLOBAL f16* p) { return widen_eight<f16>(*(const GLOBAL uint4*)p); }
+// Eight elements as they lie in memory, for who holds many.
+template <typename T> struct Packed { uint4 raw; };
+template <> struct Packed<f32> { float4 low, high; };
+DEVICE Packed<f32> load_packed(const GLOBAL f32* p) { return {*(const GLOBAL float4*)p, *(const GLOBAL float4*)(p + 4)}; }
+DEVICE Packed<bf16> load_packed(const GLOBAL bf16* p) { return {*(const GLOBAL uint4*)p}; }
+DEVICE Packed<f16> load_packed(const GLOBAL f16* p) { return {*(const GLOBAL uint4*)p}; }
+DEVICE Eight unpacked(Packed<f32> x) {
+    return {{x.low.x, x.low.y, x.low.z, x.low.w, x.high.x, x.high.y, x.high.z, x.high.w}};
+}
+DEVICE Eight unpacked(Packed<bf16> x) { return widen_eight<bf16>(x.raw); }
+DEVICE Eight unpacked(Packed<f16> x) { return widen_eight<f16>(x.raw); }
 DEVICE void store_eight(Eight x, GLOBAL f32* p) {
     *(GLOBAL float4*)p = float4(x.v[0], x.v[1], x.v[2], x.v[3]);
     *(GLOBAL float4*)(p + 4) = float4(x.v[4], x.v[5], x.v[6], x.v[7]);
@@ -104,6 +114,7 @@ DEVICE float square_root(float x) { return precise::sqrt(x); }
 DEVICE float reciprocal_root(float x) { return precise::rsqrt(x); }
 DEVICE float hyperbolic_tangent(float x) { return precise::tanh(x); }
 DEVICE float maximum(float a, float b) { return precise::fmax(a, b); }
+DEVICE float magnitude(float x) { return fabs(x); }
 DEVICE uint multiply_high(uint a, uint b) { return mulhi(a, b); }
 // Of threads of one group.
 DEVICE void atomic_add(SHARED_POINTER(uint) p, uint x) {

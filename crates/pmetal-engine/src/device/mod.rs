@@ -1,6 +1,7 @@
 //! A device is a set of kernels and the memory they work on.
 
 pub mod cpu;
+mod fp8;
 pub(crate) mod gpu;
 mod mask;
 
@@ -15,6 +16,8 @@ use crate::tensor::{Memory, Tensor};
 
 pub use cpu::attention::{AttentionParameters, Segment};
 pub use cpu::gemm::{Arithmetic, SimdLevel};
+pub(crate) use fp8::e4m3_value;
+pub use fp8::{Fp8Kernels, ScaledRows};
 pub use gpu::cuda::{CudaDevice, CudaLibrary, cuda_devices, cuda_libraries};
 pub use mask::AttentionMask;
 
@@ -156,6 +159,14 @@ impl Device {
         match &self.0.store {
             Store::Host(_) => false,
             Store::Remote(runtime) => runtime.can_put_aside(),
+        }
+    }
+
+    /// Why the device cannot multiply weights of eight bits (e4m3); `None` where it can.
+    pub fn fp8_refusal(&self) -> Option<String> {
+        match self.kernels().fp8() {
+            Some(fp8) => fp8.refusal(),
+            None => Some(format!("{} has no products of 8-bit floats", self.description())),
         }
     }
 
@@ -614,6 +625,11 @@ pub trait Kernels: Send + Sync {
         sum: &mut Sum,
         gradient: DType,
     ) -> Result<Tensor>;
+
+    /// Products of weights of eight bits, where the device has them.
+    fn fp8(&self) -> Option<&dyn Fp8Kernels> {
+        None
+    }
 
     /// Adds the squares of all elements of f32 tensors to `sum`.
     fn sum_of_squares(&self, tensors: &[&Tensor], sum: &mut Sum);

@@ -1,5 +1,7 @@
 //! Linear layers of one input, computed together where a device gains by it.
 
+mod fp8;
+
 use crate::device::{Finish, Operand};
 use crate::error::Result;
 use crate::memory::Category;
@@ -13,6 +15,8 @@ use crate::{DType, Tape, Tensor, Var, Weight};
 pub struct LinearGroup {
     layers: Vec<Linear>,
     packed: Option<Packed>,
+    /// The weights of all layers in eight bits.
+    quantised: Option<fp8::Quantised>,
 }
 
 /// The weights of a group as one matrix, the adapters' next to them, so that one product computes all layers.
@@ -22,10 +26,12 @@ pub struct LinearGroup {
 /// it is the gradient of x and of s x A^T / s.
 #[derive(Debug, Clone)]
 struct Packed {
-    /// \[sum of N, D + S\].
+    /// \[sum of N, D + S\]; B alone, \[sum of N, S\], where the weights have eight bits.
     wide: Tensor,
     /// Its first D columns.
     weight: Tensor,
+    /// The weights in eight bits; `weight` are their codes then.
+    quantised: Option<fp8::Quantised>,
     /// All A \[S, D\], rows of no adapter zero; `None` when there are no adapters.
     a: Option<Tensor>,
     /// f32 \[sum of N\].
@@ -43,7 +49,7 @@ const SPARE_UNIT: usize = 8;
 impl LinearGroup {
     /// A group whose layers are computed one by one until [`Self::pack`] is called.
     pub fn new(layers: Vec<Linear>) -> Self {
-        Self { layers, packed: None }
+        Self { layers, packed: None, quantised: None }
     }
 
     /// The layers.
@@ -59,7 +65,8 @@ impl LinearGroup {
 
     /// Columns that the group's input should have to spare; see [`Tensor::scratch_with_spare`].
     pub fn spare(&self) -> usize {
-        self.packed.as_ref().map_or(0, |packed| packed.wide.columns() - packed.weight.columns())
+        let riding = self.packed.as_ref().filter(|packed| packed.quantised.is_none());
+        riding.map_or(0, |packed| packed.wide.columns() - packed.weight.columns())
     }
 
     /// Moves frozen weights into one matrix in the type of activations, and makes copies of the adapters there that
@@ -77,6 +84,9 @@ impl LinearGroup {
         let scale = adapters().next().map_or(1.0, |lora| lora.scale);
         let uneven = adapters().any(|lora| lora.dropout > 0.0 || lora.scale != scale);
         let on_host = self.layers.iter().any(|layer| layer.weight.value().is_host());
+        if self.quantised.is_some() && uneven {
+            return Err(fp8::unsupported(&self.layers, "its adapters drop elements or differ in scale"));
+        }
         if on_host || uneven || self.layers.iter().any(trained) {
             return Ok(());
         }
@@ -86,7 +96,10 @@ impl LinearGroup {
         let ranks: usize = adapters().map(|lora| lora.a.shape()[0]).sum();
         let spare = ranks.next_multiple_of(SPARE_UNIT);
         let rows: usize = self.layers.iter().map(|layer| layer.weight.shape()[0]).sum();
-        let wide = Tensor::zeros(&device, Category::Weights, dtype, &[rows, width + spare])?;
+        // Where weights have eight bits, B stands alone.
+        let offset = if self.quantised.is_some() { 0 } else { width };
+        let columns = (offset + spare).max(SPARE_UNIT);
+        let wide = Tensor::zeros(&device, Category::Weights, dtype, &[rows, columns])?;
         let a = match spare {
             0 => None,
             _ => Some(Tensor::zeros(&device, Category::Weights, dtype, &[spare, width])?),
@@ -98,9 +111,11 @@ impl LinearGroup {
         let (mut row, mut column) = (0, 0);
         for layer in &mut self.layers {
             let features = layer.weight.shape()[0];
-            let mut block = wide.block([row, features], [0, width])?;
-            device.kernels().convert(&layer.weight.value(), &mut block);
-            layer.weight = Weight::Frozen(block);
+            if self.quantised.is_none() {
+                let mut block = wide.block([row, features], [0, width])?;
+                device.kernels().convert(&layer.weight.value(), &mut block);
+                layer.weight = Weight::Frozen(block);
+            }
             if let (Some(all), Some(own)) = (&bias, &layer.bias) {
                 let mut part = all.block([row, features], [0, 1])?;
                 device.kernels().convert(&own.value().reshape(&[features, 1])?, &mut part);
@@ -108,14 +123,18 @@ impl LinearGroup {
             if let (Some(lora), Some(a)) = (&layer.lora, &a) {
                 let rank = lora.a.shape()[0];
                 lora.a.copy_into(a.block([column, rank], [0, width])?)?;
-                lora.b.copy_into(wide.block([row, features], [width + column, rank])?)?;
+                lora.b.copy_into(wide.block([row, features], [offset + column, rank])?)?;
                 column += rank;
             }
             row += features;
         }
-        let weight = wide.block([0, rows], [0, width])?;
+        let quantised = self.quantised.clone();
+        let weight = match &quantised {
+            Some(quantised) => quantised.rows.codes.clone(),
+            None => wide.block([0, rows], [0, width])?,
+        };
         let bias = bias.map(|bias| bias.reshape(&[rows])).transpose()?;
-        self.packed = Some(Packed { wide, weight, a, bias, scale });
+        self.packed = Some(Packed { wide, weight, quantised, a, bias, scale });
         Ok(())
     }
 }
@@ -134,6 +153,9 @@ pub fn linear_group(
     options: LinearOptions<'_>,
 ) -> Result<Vec<Var>> {
     let Some(packed) = group.packed.as_ref().filter(|_| options.scale == 1.0) else {
+        if group.quantised.is_some() {
+            return Err(fp8::unsupported(&group.layers, "its result has a factor, or it was not packed"));
+        }
         return group.layers.iter().map(|layer| linear(tape, x, layer, options)).collect();
     };
     let tokens = token_count(x.tensor().shape(), packed.weight.columns())?;
@@ -158,6 +180,10 @@ pub fn linear_group(
         return record(tape, x, group, packed, options, (residual.clone(), reduced));
     }
     let mut out = scratch(features)?;
+    if let Some(quantised) = &packed.quantised {
+        packed.forward_fp8(quantised, &input, reduced.as_ref(), residual, &mut out)?;
+        return record(tape, x, group, packed, options, (out, reduced));
+    }
     let finish = Finish { bias: packed.bias.as_ref(), residual, ..Finish::STORE };
     match (&reduced, input.spare_columns()) {
         // Few rows are done in one launch either way.
@@ -235,6 +261,9 @@ impl Node {
         let [tokens, width] = self.input_shape;
         let is_apart = width > d_out.columns() && tokens * width * d_out.dtype().bytes() >= APART_BYTES;
         let (mut d_input, d_reduced) = match self.input_slot {
+            _ if self.packed.quantised.is_some() => {
+                self.packed.backward_fp8(&d_out, self.input_slot.is_some())?
+            }
             Some(_) if !is_apart => self.joint_slopes(&d_out)?,
             _ => (None, self.reduced_slope(&d_out)?),
         };

@@ -16,7 +16,7 @@ use sha2::{Digest, Sha256};
 use crate::data::ChatFormat;
 use crate::error::{Error, Result};
 use crate::generate::Sampling;
-use crate::models::loader::{self, LoadOptions};
+use crate::models::loader::{self, BaseStorage, LoadOptions};
 use crate::models::{Config, Decoder};
 
 /// Side files beyond this are no configuration.
@@ -191,9 +191,22 @@ impl Model {
     /// # Errors
     /// As [`loader::load`]; when there is no tokenizer; when the template does not compile.
     pub fn load(source: &ModelSource, device: &Device, dtype: DType, train_all: bool) -> Result<Self> {
+        Self::load_base(source, device, LoadOptions { dtype, train_all }, BaseStorage::Typed)
+    }
+
+    /// [`Self::load`] with a choice of how frozen matrices are kept.
+    ///
+    /// # Errors
+    /// As [`loader::load_base`] and [`Self::load`].
+    pub fn load_base(
+        source: &ModelSource,
+        device: &Device,
+        options: LoadOptions,
+        base: BaseStorage,
+    ) -> Result<Self> {
         let opened = OpenedModel::open(source)?;
         let (checkpoint, value) = (&opened.checkpoint, &opened.config_value);
-        let loaded = loader::load(checkpoint, &opened.config, device, LoadOptions { dtype, train_all })?;
+        let loaded = loader::load_base(checkpoint, &opened.config, device, options, base)?;
         let tokenizer = opened.tokenizer()?;
         let mut notes = loaded.notes;
         let vocabulary = loaded.decoder.spec.vocabulary;

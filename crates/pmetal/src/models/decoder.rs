@@ -1,5 +1,7 @@
 //! The one forward pass of all families.
 
+mod reference;
+
 use std::sync::Arc;
 
 use pmetal_engine::device::{AttentionParameters, CrossEntropyParameters};

@@ -10,7 +10,7 @@ use pmetal_engine::{Category, DType, Device, Parameter, Tensor, Weight};
 use pmetal_formats::checkpoint::Checkpoint;
 
 use super::config::Config;
-use super::decoder::{Decoder, Layer};
+use super::decoder::{Decoder, Layer, TokenRun};
 use super::families;
 use super::inputs::AngleCache;
 use super::spec::{FeedForwardSpec, LayerSpec, Spec};
@@ -23,6 +23,15 @@ pub struct LoadOptions {
     pub dtype: DType,
     /// Whether all weights are trained, in f32.
     pub train_all: bool,
+}
+
+/// How the frozen matrices of decoder layers are kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BaseStorage {
+    /// In the type of activations on a GPU, as stored on a CPU.
+    Typed,
+    /// In eight bits (e4m3) with a scale for each output, where sizes are multiples of 16.
+    Fp8,
 }
 
 /// A model with what was learnt about its files on the way.
@@ -45,11 +54,65 @@ pub fn load(
     device: &Device,
     options: LoadOptions,
 ) -> Result<LoadedModel> {
+    load_base(checkpoint, config, device, options, BaseStorage::Typed)
+}
+
+/// [`load`] with a choice of how frozen matrices are kept. A layer is rounded before the next is read.
+///
+/// # Errors
+/// As [`load`]; where the device has no products of 8-bit floats.
+pub fn load_base(
+    checkpoint: &Checkpoint,
+    config: &Config,
+    device: &Device,
+    options: LoadOptions,
+    base: BaseStorage,
+) -> Result<LoadedModel> {
     let spec = families::read(config)?;
     let mut notes = Vec::new();
     check(checkpoint, &spec, &mut notes)?;
     let source = CheckpointSource { checkpoint, device, options };
-    Ok(LoadedModel { decoder: build(&source, spec, device, options.dtype)?, notes })
+    Ok(LoadedModel { decoder: build(&source, spec, device, options.dtype, base)?, notes })
+}
+
+/// The mean loss of a run by a decoder and by the checkpoint's own weights, which are read again one layer at a time.
+/// Adapters of the decoder count in the first alone.
+///
+/// # Errors
+/// What reading the files returns; out of memory.
+pub fn losses_beside_checkpoint(
+    decoder: &Decoder,
+    checkpoint: &Checkpoint,
+    run: &TokenRun,
+    labels: &[i32],
+) -> Result<[f64; 2]> {
+    let options = LoadOptions { dtype: decoder.dtype, train_all: false };
+    let source = CheckpointSource { checkpoint, device: decoder.device(), options };
+    losses_beside(decoder, &source, run, labels)
+}
+
+/// [`losses_beside_checkpoint`] for a decoder of [`random_base`].
+///
+/// # Errors
+/// As [`losses_beside_checkpoint`].
+pub fn losses_beside_random(
+    decoder: &Decoder,
+    config: &Config,
+    seed: u64,
+    run: &TokenRun,
+    labels: &[i32],
+) -> Result<[f64; 2]> {
+    let options = LoadOptions { dtype: decoder.dtype, train_all: false };
+    let source = RandomSource { device: decoder.device(), options, stored: stored_type(config)?, seed };
+    losses_beside(decoder, &source, run, labels)
+}
+
+fn losses_beside(decoder: &Decoder, source: &dyn Source, run: &TokenRun, labels: &[i32]) -> Result<[f64; 2]> {
+    let spec = &decoder.spec;
+    let original = decoder.loss_through(run, labels, |index| {
+        read_layer(source, &spec.layers[index], spec.width, &format!("model.layers.{index}"))
+    })?;
+    Ok([decoder.mean_loss(run, labels)?, original])
 }
 
 /// A model of random weights, for benchmarks: normal numbers would be no better than these uniform ones.
@@ -58,9 +121,23 @@ pub fn load(
 /// # Errors
 /// [`Error::Config`]; out of memory.
 pub fn random(config: &Config, device: &Device, options: LoadOptions, seed: u64) -> Result<Decoder> {
+    random_base(config, device, options, BaseStorage::Typed, seed)
+}
+
+/// [`random`] with a choice of how frozen matrices are kept.
+///
+/// # Errors
+/// As [`random`]; where the device has no products of 8-bit floats.
+pub fn random_base(
+    config: &Config,
+    device: &Device,
+    options: LoadOptions,
+    base: BaseStorage,
+    seed: u64,
+) -> Result<Decoder> {
     let spec = families::read(config)?;
     let stored = stored_type(config)?;
-    build(&RandomSource { device, options, stored, seed }, spec, device, options.dtype)
+    build(&RandomSource { device, options, stored, seed }, spec, device, options.dtype, base)
 }
 
 /// The type of a checkpoint's matrices by its configuration; f32, as in transformers, where it says nothing.
@@ -278,14 +355,27 @@ pub fn check(checkpoint: &Checkpoint, spec: &Spec, notes: &mut Vec<String>) -> R
     faults.into_result(checkpoint.path())
 }
 
-fn build(source: &dyn Source, spec: Spec, device: &Device, dtype: DType) -> Result<Decoder> {
+fn build(
+    source: &dyn Source,
+    spec: Spec,
+    device: &Device,
+    dtype: DType,
+    base: BaseStorage,
+) -> Result<Decoder> {
     let (width, vocabulary) = (spec.width, spec.vocabulary);
     let layers = spec
         .layers
         .iter()
         .enumerate()
         .map(|(index, layer)| {
-            build_layer(source, layer, width, dtype, &format!("model.layers.{index}")).map(Arc::new)
+            let mut layer = read_layer(source, layer, width, &format!("model.layers.{index}"))?;
+            if base == BaseStorage::Fp8 {
+                for group in layer.groups_mut() {
+                    group.quantise()?;
+                }
+            }
+            layer.pack(dtype)?;
+            Ok(Arc::new(layer))
         })
         .collect::<Result<Vec<_>>>()?;
     let head =
@@ -302,13 +392,8 @@ fn build(source: &dyn Source, spec: Spec, device: &Device, dtype: DType) -> Resu
     })
 }
 
-fn build_layer(
-    source: &dyn Source,
-    spec: &LayerSpec,
-    width: usize,
-    dtype: DType,
-    prefix: &str,
-) -> Result<Layer> {
+/// A layer that is not packed yet.
+fn read_layer(source: &dyn Source, spec: &LayerSpec, width: usize, prefix: &str) -> Result<Layer> {
     let linear = |(name, inputs, outputs, bias): (&str, usize, usize, bool)| -> Result<Linear> {
         let weight = source.matrix(&format!("{prefix}.{name}.weight"), [outputs, inputs])?;
         let bias = bias.then(|| source.vector(&format!("{prefix}.{name}.bias"), outputs)).transpose()?;
@@ -320,7 +405,7 @@ fn build_layer(
         spec.attention.head_norm.then(|| norm(&format!("self_attn.{name}"), width)).transpose()
     };
     let [query, key, value, output, gate, up, down] = projections(spec, width).map(linear);
-    let mut layer = Layer {
+    Ok(Layer {
         spec: spec.clone(),
         input_norm: norm("input_layernorm", width)?,
         projection: LinearGroup::new(vec![query?, key?, value?]),
@@ -330,9 +415,7 @@ fn build_layer(
         post_attention_norm: norm("post_attention_layernorm", width)?,
         gate_up: LinearGroup::new(vec![gate?, up?]),
         down: LinearGroup::new(vec![down?]),
-    };
-    layer.pack(dtype)?;
-    Ok(layer)
+    })
 }
 
 impl Layer {

@@ -13,5 +13,5 @@ pub use cache::KeyValueCache;
 pub use config::Config;
 pub use decoder::{Decoder, Document, Forward, TokenRun};
 pub use inputs::Inputs;
-pub use loader::{LoadOptions, LoadedModel};
+pub use loader::{BaseStorage, LoadOptions, LoadedModel};
 pub use spec::{Spec, StepShape};

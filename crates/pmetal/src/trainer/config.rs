@@ -87,6 +87,16 @@ choice_setting! {
 }
 
 choice_setting! {
+    /// How frozen weights are kept.
+    BasePrecision {
+        /// In the type of activations on a GPU, as stored on a CPU.
+        Auto = "auto",
+        /// In 8-bit floats (e4m3) with a scale for each output.
+        Fp8 = "fp8" | "e4m3" | "float8",
+    }
+}
+
+choice_setting! {
     /// Where the computation runs.
     DeviceChoice {
         /// Metal on a Mac, CUDA where there is a GPU, else the CPU.
@@ -219,6 +229,9 @@ settings! {
     seed: u64 = 0, Machine, Numbers, ["random_seed"];
     /// Type of activations: auto, f32 or bf16.
     dtype: Precision = Precision::Auto, Machine, Numbers, ["torch_dtype", "precision"];
+    /// How frozen weights are kept: auto (in the type of activations on a GPU, as stored on a CPU) or fp8 (in 8 bits with a
+    /// scale for each output; NVIDIA GPUs of compute capability 8.9 and higher).
+    base_precision: BasePrecision = BasePrecision::Auto, Machine, Numbers, ["base_dtype"];
     /// Where the computation runs: auto, cpu, cuda or metal.
     device: DeviceChoice = DeviceChoice::Auto, Machine, Numbers, [];
     /// Give the same bits in every run on a GPU, at some cost in speed.

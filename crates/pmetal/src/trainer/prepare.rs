@@ -12,14 +12,15 @@ use super::config::{
 use super::learner::{Learner, MicroBatch, OptimizerSettings};
 use super::schedule::{Decay, Schedule, warmup_steps};
 use super::train_loop::{Batches, Every, RunPlan};
-use crate::core::device::activation_type;
-use crate::core::{Model, ModelSource, ModelText, embedded, now_unix_s};
+use crate::core::device::{activation_type, base_storage};
+use crate::core::{Model, ModelSource, ModelText, OpenedModel, embedded, now_unix_s};
 use crate::data::{
     self, BatchOptions, BatchPlan, ChatFormat, DataOptions, Dataset, EncodeOptions, PackedBatch,
 };
 use crate::error::{Error, Result};
 use crate::lora;
-use crate::models::TokenRun;
+use crate::models::loader::losses_beside_checkpoint;
+use crate::models::{BaseStorage, Decoder, LoadOptions, TokenRun};
 
 /// Tokens of an optimizer step that an automatic batch size and accumulation aim at.
 const STEP_TOKENS: usize = 8192;
@@ -118,7 +119,9 @@ pub fn prepare(resolved: &mut ResolvedConfig, device: &Device) -> Result<Prepare
     let dtype = activation_type(config.dtype, device)?;
     let source = ModelSource::parse(&config.model);
     let full = config.tuning == Tuning::Full;
-    let mut model = Model::load(&source, device, dtype, full)?;
+    let base = base_storage(&config, device, dtype)?;
+    let options = LoadOptions { dtype, train_all: full };
+    let mut model = Model::load_base(&source, device, options, base)?;
     let adapter = if full { None } else { Some(adapter_config(&config, &source)) };
     let adapted = match &adapter {
         Some(adapter) => lora::attach(&mut model.decoder, adapter, config.seed)?.len(),
@@ -142,6 +145,12 @@ pub fn prepare(resolved: &mut ResolvedConfig, device: &Device) -> Result<Prepare
     if offloads && !device.can_put_aside() && config.device != DeviceChoice::Cpu {
         notes.push(format!("`offload_activations` has no effect on `{}`", device.name()));
     }
+    let accumulation = config.gradient_accumulation_steps;
+    let batches = DatasetBatches { dataset, plan, accumulation, evaluation };
+    if base == BaseStorage::Fp8 {
+        notes.push(first_loss_note(&source, &model.decoder, &batches)?);
+    }
+    let (dataset, plan) = (&batches.dataset, &batches.plan);
     let description = Description {
         source,
         family: model.decoder.spec.family,
@@ -152,7 +161,7 @@ pub fn prepare(resolved: &mut ResolvedConfig, device: &Device) -> Result<Prepare
         dtype,
         dataset: dataset.description(),
         examples: (dataset.train.len(), dataset.eval.len()),
-        epoch_tokens: epoch_tokens(&dataset),
+        epoch_tokens: epoch_tokens(dataset),
         max_seq_len: dataset.max_seq_len,
         fill_ratio: plan.fill_ratio(),
         most_tokens: plan.most_tokens(),
@@ -179,9 +188,17 @@ pub fn prepare(resolved: &mut ResolvedConfig, device: &Device) -> Result<Prepare
     };
     let mut learner = Learner::new(model.decoder, settings)?;
     learner.pad_to(description.most_tokens);
-    let accumulation = config.gradient_accumulation_steps;
-    let batches = DatasetBatches { dataset, plan, accumulation, evaluation };
     Ok(Prepared { learner, batches, plan: run, description })
+}
+
+/// What eight bits cost: the loss of the first batch beside that of the weights as they are in the files.
+fn first_loss_note(source: &ModelSource, decoder: &Decoder, batches: &DatasetBatches) -> Result<String> {
+    let opened = OpenedModel::open(source)?;
+    let first = batches.step(0)?;
+    let first = first.first().ok_or_else(|| Error::Usage("the dataset gives no batch".to_owned()))?;
+    let [rounded, original] =
+        losses_beside_checkpoint(decoder, &opened.checkpoint, &first.run, &first.labels)?;
+    Ok(format!("fp8 base: loss {rounded:.4} instead of {original:.4} on the first batch"))
 }
 
 fn adapter_config(config: &TrainConfig, source: &ModelSource) -> AdapterConfig {

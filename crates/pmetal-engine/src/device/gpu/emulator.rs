@@ -20,7 +20,9 @@ use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
 use libloading::Library;
 use sha2::Digest;
 
-use super::runtime::{Argument, DeviceFacts, Gemm, HostCopy, Launch, ModuleText, Replay, Runtime};
+use super::runtime::{
+    Argument, DeviceFacts, Fp8Scaling, Gemm, HostCopy, Launch, ModuleText, Replay, Runtime, ScaledGemm,
+};
 use crate::device::KernelTime;
 use crate::error::{Error, Result};
 use recording::{Operation, OwnedLaunch, Recorded};
@@ -64,6 +66,7 @@ type Entry = unsafe extern "C" fn(*const HostLaunch) -> *const c_char;
 /// The host as a device. Work is done when it is asked for.
 pub(crate) struct Emulator {
     core: Arc<Core>,
+    fp8: Fp8Scaling,
 }
 
 /// What recordings and copies share with their emulator.
@@ -155,7 +158,14 @@ impl Emulator {
     pub(crate) fn new(seed: u64) -> Self {
         let (launches, memory) = (AtomicU64::new(0), Mutex::default());
         let (kept, failure, recording) = (Mutex::default(), Mutex::default(), Mutex::default());
-        Self { core: Arc::new(Core { seed, launches, memory, kept, failure, recording }) }
+        let core = Arc::new(Core { seed, launches, memory, kept, failure, recording });
+        Self { core, fp8: Fp8Scaling::Rows }
+    }
+
+    /// As [`Self::new`], with products of e4m3 that do so with scales.
+    #[cfg(test)]
+    pub(super) fn with_fp8(seed: u64, fp8: Fp8Scaling) -> Self {
+        Self { fp8, ..Self::new(seed) }
     }
 
     fn enqueue(&self, operation: impl Fn(&Core) + Send + 'static) {
@@ -423,6 +433,16 @@ impl Runtime for Emulator {
     fn gemm(&self, gemm: &Gemm) -> Result<()> {
         let gemm = *gemm;
         self.enqueue(move |_| products::multiply(&gemm));
+        Ok(())
+    }
+
+    fn fp8(&self) -> std::result::Result<Fp8Scaling, String> {
+        Ok(self.fp8)
+    }
+
+    fn scaled_gemm(&self, gemm: &ScaledGemm) -> Result<()> {
+        let gemm = *gemm;
+        self.enqueue(move |_| products::multiply_scaled(&gemm));
         Ok(())
     }
 

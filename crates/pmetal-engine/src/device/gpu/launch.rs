@@ -17,9 +17,10 @@ macro_rules! module {
 }
 
 /// The portable kernels.
-static MODULES: [ModuleText; 9] = [
+static MODULES: [ModuleText; 10] = [
     module!("attention"),
     module!("elementwise"),
+    module!("fp8"),
     module!("gated"),
     module!("gemv"),
     module!("loss"),

@@ -9,6 +9,7 @@ mod counters;
 pub(crate) mod cuda;
 #[cfg(any(test, feature = "emulator"))]
 pub(crate) mod emulator;
+mod fp8;
 mod gemv;
 mod launch;
 mod optimizer;
@@ -27,7 +28,7 @@ use runtime::{Argument, DeviceFacts};
 
 use super::{
     AdamWControl, AdamWEntry, Arithmetic, AttentionMask, AttentionParameters, CrossEntropyParameters, Finish,
-    GateActivation, Kernels, NormWeight, Operand, RopePairing, RopeRows, Sum, WeightGradient,
+    Fp8Kernels, GateActivation, Kernels, NormWeight, Operand, RopePairing, RopeRows, Sum, WeightGradient,
 };
 use crate::error::Result;
 use crate::memory::Category;
@@ -434,6 +435,10 @@ impl Kernels for Gpu {
             self.add_values("loss", "add_rows", &losses, total);
         }
         Ok(logits.narrowed_rows(gradient))
+    }
+
+    fn fp8(&self) -> Option<&dyn Fp8Kernels> {
+        Some(self)
     }
 
     fn sum_of_squares(&self, tensors: &[&Tensor], sum: &mut Sum) {

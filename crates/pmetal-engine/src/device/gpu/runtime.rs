@@ -71,6 +71,15 @@ pub(crate) trait Runtime: Send + Sync {
     /// [`crate::Error::Unsupported`] for a combination of types that the library does not multiply.
     fn gemm(&self, gemm: &Gemm) -> Result<()>;
 
+    /// How products of e4m3 are done, or why there are none.
+    fn fp8(&self) -> std::result::Result<Fp8Scaling, String>;
+
+    /// Enqueues a product of e4m3.
+    ///
+    /// # Errors
+    /// [`crate::Error::Unsupported`] where the library has no kernel for it.
+    fn scaled_gemm(&self, gemm: &ScaledGemm) -> Result<()>;
+
     /// Starts to record instead of running; false where the device cannot.
     ///
     /// # Errors
@@ -242,4 +251,39 @@ pub(crate) struct Gemm {
     pub(crate) addend: Option<u64>,
     /// Whether f32 operands may be rounded to 11 bits; 16-bit ones are multiplied exactly either way.
     pub(crate) tf32: bool,
+}
+
+/// What a library's products of e4m3 do with scales.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Fp8Scaling {
+    /// Each row of both operands has its scale in the product.
+    Rows,
+    /// As [`Self::Rows`], and the product adds a matrix.
+    RowsAndAddend,
+    /// None: the result is scaled afterwards.
+    Afterwards,
+}
+
+/// `out [M, N] = diag(left scales) left [M, K] (right [N, K])^T diag(right scales)`, e4m3, sums in f32. K and N are
+/// multiples of 16, rows follow each other without a gap, and 16 divides every address.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct ScaledGemm {
+    /// M.
+    pub(crate) rows: usize,
+    /// N.
+    pub(crate) columns: usize,
+    /// K.
+    pub(crate) inner: usize,
+    /// Address of the left operand.
+    pub(crate) left: u64,
+    /// Address of the right operand.
+    pub(crate) right: u64,
+    /// Addresses of f32 \[M\] and f32 \[N\]; not with [`Fp8Scaling::Afterwards`].
+    pub(crate) scales: Option<[u64; 2]>,
+    /// Address of a matrix with the output's type and pitch that is added; with [`Fp8Scaling::RowsAndAddend`] alone.
+    pub(crate) addend: Option<u64>,
+    /// Where the result goes.
+    pub(crate) out: Matrix,
+    /// bf16 or f32.
+    pub(crate) out_dtype: DType,
 }

@@ -153,6 +153,10 @@ fn one_problem_is_one_sentence() {
             "run.toml line 1: `seed` has the number 99999999999999999999, which does not fit 64 bits",
         ),
         ("method = 'dpo'", "run.toml line 1: `method` needs sft, found \"dpo\""),
+        (
+            "base_precision = 'int4'",
+            "run.toml line 1: `base_precision` needs one of auto, fp8, found \"int4\"",
+        ),
         ("dtype = 'f8'", "run.toml line 1: `dtype` needs one of auto, f32, bf16, found \"f8\""),
         ("device = 3", "run.toml line 1: `device` needs one of auto, cpu, cuda, metal, found 3"),
         ("r = 1\nlora_r = 1", "run.toml line 2: `r` and `lora_r` set the same thing, `lora_r`"),

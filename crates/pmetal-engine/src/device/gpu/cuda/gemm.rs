@@ -1,5 +1,7 @@
 //! Matrix products by cuBLASLt; the algorithm of a problem is chosen once, by trying the library's best guesses.
 
+mod fp8;
+
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
@@ -186,6 +188,11 @@ impl Products {
     }
 
     fn plan(&self, problem: &Problem) -> Result<Plan> {
+        self.plan_with(problem, |_| Ok(()))
+    }
+
+    /// `describe` adds to the operation before algorithms are looked at.
+    fn plan_with(&self, problem: &Problem, describe: impl FnOnce(&Owned) -> Result<()>) -> Result<Plan> {
         let blas = &self.library.functions;
         let mut handle = Handle::NULL;
         // SAFETY: the call writes one handle.
@@ -194,6 +201,14 @@ impl Products {
         let operation = Owned { handle, destroy: blas.cublasLtMatmulDescDestroy };
         self.set(&operation, DESCRIPTOR_TRANSPOSE_A, &i32::from(problem.a.transposed))?;
         self.set(&operation, DESCRIPTOR_TRANSPOSE_B, &i32::from(problem.b.transposed))?;
+        if problem.row_scales {
+            self.set(&operation, DESCRIPTOR_A_SCALE_MODE, &SCALE_ROWS)?;
+            self.set(&operation, DESCRIPTOR_B_SCALE_MODE, &SCALE_ROWS)?;
+        }
+        if problem.operand_type == TYPE_E4M3 {
+            self.set(&operation, DESCRIPTOR_FAST_SUMS, &i8::from(fp8::FAST_SUMS))?;
+        }
+        describe(&operation)?;
         if problem.bias {
             self.set(&operation, DESCRIPTOR_EPILOGUE, &EPILOGUE_BIAS)?;
             self.set(&operation, DESCRIPTOR_BIAS_TYPE, &problem.out_type)?;

@@ -19,7 +19,7 @@ mod tests;
 
 use std::ffi::c_void;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 pub use discovery::{CudaLibrary, cuda_libraries};
 pub use stream::{CudaDevice, cuda_devices};
@@ -30,7 +30,9 @@ pub(crate) use pool::PoolReport;
 #[cfg(test)]
 pub(crate) use staging::{Event, PinnedBuffer};
 
-use super::runtime::{Argument, DeviceFacts, Gemm, HostCopy, Launch, ModuleText, Replay, Runtime};
+use super::runtime::{
+    Argument, DeviceFacts, Fp8Scaling, Gemm, HostCopy, Launch, ModuleText, Replay, Runtime, ScaledGemm,
+};
 use crate::DType;
 use crate::device::KernelTime;
 use crate::error::{Error, Result};
@@ -81,6 +83,7 @@ pub(crate) struct Cuda {
     // Fields are dropped in this order; the memory goes last but for the stream.
     modules: Mutex<Modules>,
     products: Mutex<Option<Products>>,
+    fp8: OnceLock<std::result::Result<Fp8Scaling, String>>,
     staging: Mutex<Staging>,
     side: Mutex<Option<Arc<Side>>>,
     capture: Mutex<Option<PrivateMemory>>,
@@ -106,6 +109,7 @@ impl Cuda {
         Ok(Self {
             modules: Mutex::new(Modules::new(&stream, cache.clone())?),
             products: Mutex::new(None),
+            fp8: OnceLock::new(),
             staging: Mutex::new(Staging::new(&stream)),
             side: Mutex::new(None),
             capture: Mutex::new(None),
@@ -310,20 +314,36 @@ impl Cuda {
                 self.clear_rows(gemm);
             }
         } else {
-            let mut products = lock(&self.products);
-            if products.is_none() {
-                *products = Some(Products::new(&self.stream, self.cache.clone(), self.deterministic)?);
-            }
-            if let Some(products) = products.as_mut() {
+            self.with_products(|products| {
                 products.multiply(gemm, &|bytes| self.allocate(bytes), &|address, bytes| {
                     self.free(address, bytes)
-                })?;
-            }
+                })
+            })?;
         }
         match gemm.bias.filter(|_| !fused) {
             Some((address, dtype)) => self.add_bias(gemm, address, dtype),
             None => Ok(()),
         }
+    }
+
+    /// The library, opened at its first use.
+    fn with_products<T>(&self, work: impl FnOnce(&mut Products) -> Result<T>) -> Result<T> {
+        let mut products = lock(&self.products);
+        let opened = match products.take() {
+            Some(opened) => opened,
+            None => Products::new(&self.stream, self.cache.clone(), self.deterministic)?,
+        };
+        work(products.insert(opened))
+    }
+
+    fn probe_fp8(&self) -> std::result::Result<Fp8Scaling, String> {
+        let (major, minor) = self.stream.device.capability;
+        if (major, minor) < (8, 9) {
+            let name = &self.stream.device.name;
+            return Err(format!("8-bit floats need compute capability 8.9, {name} has {major}.{minor}"));
+        }
+        let probed = self.with_products(|products| Ok(products.fp8_scaling()));
+        probed.map_err(|error| error.to_string())?
     }
 
     fn clear_rows(&self, gemm: &Gemm) {
@@ -459,6 +479,26 @@ impl Runtime for Cuda {
         let result = lock(&self.staging).download(address, bytes);
         self.stream.keep(result);
         self.stream.failure()
+    }
+
+    fn fp8(&self) -> std::result::Result<Fp8Scaling, String> {
+        self.fp8.get_or_init(|| self.probe_fp8()).clone()
+    }
+
+    fn scaled_gemm(&self, gemm: &ScaledGemm) -> Result<()> {
+        if gemm.rows == 0 || gemm.columns == 0 {
+            return Ok(());
+        }
+        let name = || {
+            format!("product {} x {} x {} e4m3 -> {}", gemm.rows, gemm.columns, gemm.inner, gemm.out_dtype)
+        };
+        self.profiled(name, || {
+            self.with_products(|products| {
+                products.multiply_fp8(gemm, &|bytes| self.allocate(bytes), &|address, bytes| {
+                    self.free(address, bytes)
+                })
+            })
+        })
     }
 
     fn begin_recording(&self) -> Result<bool> {

@@ -1,7 +1,7 @@
 //! A row-major matrix product in the terms of a column-major library: the transpose of the output is the product of
 //! the transposes in the other order, and a row-major matrix read by columns is its transpose already.
 
-use super::bindings::{Algorithm, COMPUTE_F32, COMPUTE_TF32, TYPE_BF16, TYPE_F16, TYPE_F32};
+use super::bindings::{Algorithm, COMPUTE_F32, COMPUTE_TF32, TYPE_BF16, TYPE_E4M3, TYPE_F16, TYPE_F32};
 use crate::DType;
 use crate::device::gpu::runtime::{Gemm, Matrix};
 
@@ -28,6 +28,8 @@ pub(super) struct Problem {
     /// Whether the library adds a bias, which then has the output's type.
     pub(super) bias: bool,
     pub(super) accumulate: bool,
+    /// Whether rows of both operands have scales.
+    pub(super) row_scales: bool,
 }
 
 /// The library's number of an element type.
@@ -36,6 +38,7 @@ pub(super) fn type_number(dtype: DType) -> Option<i32> {
         DType::F32 => Some(TYPE_F32),
         DType::F16 => Some(TYPE_F16),
         DType::Bf16 => Some(TYPE_BF16),
+        DType::E4m3 => Some(TYPE_E4M3),
         DType::U32 | DType::I32 => None,
     }
 }
@@ -60,6 +63,7 @@ impl Problem {
     pub(super) fn new(gemm: &Gemm) -> Result<Self, String> {
         let types = || format!("{} operands with a {} output", gemm.operands, gemm.out_dtype);
         let (operand_type, out_type) = match (type_number(gemm.operands), type_number(gemm.out_dtype)) {
+            (Some(TYPE_E4M3), _) | (_, Some(TYPE_E4M3)) => return Err(types()),
             (Some(operands), Some(out)) if out == operands || out == TYPE_F32 => (operands, out),
             _ => return Err(types()),
         };
@@ -83,7 +87,17 @@ impl Problem {
             compute: if tf32 { COMPUTE_TF32 } else { COMPUTE_F32 },
             bias: gemm.bias.is_some_and(|bias| bias.1 == gemm.out_dtype),
             accumulate: gemm.accumulate || gemm.addend.is_some(),
+            row_scales: false,
         })
+    }
+
+    /// The problem of a product of e4m3 whose rows have scales or not.
+    pub(super) fn scaled(gemm: &Gemm, row_scales: bool) -> Result<Self, String> {
+        if !matches!(gemm.out_dtype, DType::Bf16 | DType::F32) {
+            return Err(format!("{} operands with a {} output", gemm.operands, gemm.out_dtype));
+        }
+        let like = Self::new(&Gemm { operands: DType::Bf16, ..*gemm })?;
+        Ok(Self { operand_type: TYPE_E4M3, row_scales, ..like })
     }
 
     /// Bytes that the output spans.
@@ -106,7 +120,7 @@ impl Problem {
         };
         let flags = (u8::from(self.bias), u8::from(self.accumulate));
         format!(
-            "{}:{}:{}:{}>{}:{}:b{}:a{}",
+            "{}:{}:{}:{}>{}:{}:b{}:a{}{}",
             one(&self.a),
             one(&self.b),
             one(&self.out),
@@ -114,7 +128,8 @@ impl Problem {
             self.out_type,
             self.compute,
             flags.0,
-            flags.1
+            flags.1,
+            if self.row_scales { ":r" } else { "" }
         )
     }
 }
@@ -236,6 +251,9 @@ mod tests {
             change(&mut gemm);
             assert!(keys.insert(Problem::new(&gemm).unwrap().key()), "{gemm:?}");
         }
+        for row_scales in [false, true] {
+            assert!(keys.insert(Problem::scaled(&sample(), row_scales).unwrap().key()), "{row_scales}");
+        }
         let mut gemm = sample();
         gemm.left.address += 4096;
         gemm.scale = 3.0;
@@ -250,6 +268,7 @@ mod tests {
             Problem::new(&gemm).unwrap_err()
         };
         assert_eq!(refused(|gemm| gemm.out_dtype = DType::F16), "bf16 operands with a f16 output");
+        assert_eq!(refused(|gemm| gemm.operands = DType::E4m3), "e4m3 operands with a f32 output");
         assert_eq!(refused(|gemm| gemm.operands = DType::U32), "u32 operands with a f32 output");
         assert_eq!(refused(|gemm| gemm.left.pitch = 2), "left has a pitch of 2 elements for rows of 3");
     }

@@ -3,7 +3,8 @@
 use half::{bf16, f16};
 
 use crate::DType;
-use crate::device::gpu::runtime::{Gemm, Matrix};
+use crate::device::e4m3_value;
+use crate::device::gpu::runtime::{Gemm, Matrix, ScaledGemm};
 
 /// Reads one element of device memory.
 fn load(address: u64, dtype: DType, index: usize) -> f32 {
@@ -12,6 +13,7 @@ fn load(address: u64, dtype: DType, index: usize) -> f32 {
         match dtype {
             DType::Bf16 => (address as *const bf16).add(index).read().to_f32(),
             DType::F16 => (address as *const f16).add(index).read().to_f32(),
+            DType::E4m3 => e4m3_value((address as *const u8).add(index).read()),
             _ => (address as *const f32).add(index).read(),
         }
     }
@@ -48,6 +50,24 @@ pub(super) fn multiply(gemm: &Gemm) {
                 let held = gemm.addend.unwrap_or(gemm.out.address);
                 sum += f64::from(load(held, gemm.out_dtype, index));
             }
+            store(gemm.out.address, gemm.out_dtype, index, sum as f32);
+        }
+    }
+}
+
+/// The product as [`ScaledGemm`] states it, summed in f64.
+pub(super) fn multiply_scaled(gemm: &ScaledGemm) {
+    let at = |address, index| f64::from(load(address, DType::E4m3, index));
+    for row in 0..gemm.rows {
+        for column in 0..gemm.columns {
+            let products = (0..gemm.inner)
+                .map(|i| at(gemm.left, row * gemm.inner + i) * at(gemm.right, column * gemm.inner + i));
+            let factor = gemm.scales.map_or(1.0, |[left, right]| {
+                f64::from(load(left, DType::F32, row)) * f64::from(load(right, DType::F32, column))
+            });
+            let index = row * gemm.out.pitch + column;
+            let added = gemm.addend.map_or(0.0, |addend| f64::from(load(addend, gemm.out_dtype, index)));
+            let sum = factor * products.sum::<f64>() + added;
             store(gemm.out.address, gemm.out_dtype, index, sum as f32);
         }
     }

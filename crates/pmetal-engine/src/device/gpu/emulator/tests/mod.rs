@@ -1,6 +1,7 @@
 //! The emulator itself, and operations on it that [`crate::agreement`] does not compare. Without a compiler every test says
 //! so and passes.
 
+mod fp8;
 mod gemv;
 mod groups;
 mod levels;
