@@ -241,19 +241,28 @@ impl Gradients {
     }
 
     /// Lets an operation write into a slot's gradient directly; the flag says whether it must add to it.
-    /// A fresh gradient takes device and element type from `like`.
+    /// A fresh gradient takes device and element type from `like`, and its rows have `spare` more columns.
     ///
     /// # Errors
     /// What `write` returns, or out of memory.
     pub fn add_with(
         &mut self,
         slot: usize,
-        (like, shape): (&Tensor, &[usize]),
+        (like, shape, spare): (&Tensor, &[usize], usize),
         write: impl FnOnce(&mut Tensor, bool) -> Result<()>,
     ) -> Result<()> {
         let (mut target, accumulate) = match self.slots[slot].take() {
             Some(held) => (held.into_unique()?.reshape(shape)?, true),
-            None => (Tensor::scratch(like.device(), Category::Activations, like.dtype(), shape)?, false),
+            None => {
+                let (device, dtype, category) = (like.device(), like.dtype(), Category::Activations);
+                let fresh = match (shape, spare) {
+                    (&[rows, width], 1..) => {
+                        Tensor::scratch_with_spare(device, category, dtype, [rows, width], spare)?
+                    }
+                    _ => Tensor::scratch(device, category, dtype, shape)?,
+                };
+                (fresh, false)
+            }
         };
         write(&mut target, accumulate)?;
         self.slots[slot] = Some(target);

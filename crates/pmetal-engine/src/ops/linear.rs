@@ -309,7 +309,7 @@ impl Node {
         let a = self.record.as_ref().map(|record| record.lora.a.value());
         let mask =
             self.record.as_ref().and_then(|record| record.dropout.map(|key| (key, record.lora.dropout)));
-        gradients.add_with(slot, (d_out, &self.input_shape), |d_input, accumulate| {
+        gradients.add_with(slot, (d_out, &self.input_shape, 0), |d_input, accumulate| {
             let finish = Finish { scale: self.scale, accumulate, ..Finish::STORE };
             let main = (Operand::plain(d_out), Operand::plain(&weight));
             let adapter = d_reduced.zip(a.as_ref()).map(|(d, a)| (Operand::plain(d), Operand::plain(a)));

@@ -28,7 +28,9 @@ pub struct LinearGroup {
 struct Packed {
     /// \[sum of N, D + S\]; B alone, \[sum of N, S\], where the weights have eight bits.
     wide: Tensor,
-    /// Its first D columns.
+    /// `[W ; A]` \[sum of N + S, D\], whose W is the same memory: `[d_out | s d_out B]` times it is the gradient of x.
+    tall: Option<Tensor>,
+    /// The first D columns of `wide`.
     weight: Tensor,
     /// The weights in eight bits; `weight` are their codes then.
     quantised: Option<fp8::Quantised>,
@@ -99,11 +101,15 @@ impl LinearGroup {
         // Where weights have eight bits, B stands alone.
         let offset = if self.quantised.is_some() { 0 } else { width };
         let columns = (offset + spare).max(SPARE_UNIT);
-        let wide = Tensor::zeros(&device, Category::Weights, dtype, &[rows, columns])?;
-        let a = match spare {
-            0 => None,
-            _ => Some(Tensor::zeros(&device, Category::Weights, dtype, &[spare, width])?),
+        let under = if self.quantised.is_some() { 0 } else { spare };
+        let all = Tensor::zeros(&device, Category::Weights, dtype, &[rows + under, columns])?;
+        let wide = all.block([0, rows], [0, columns])?;
+        let a = match (spare, under) {
+            (0, _) => None,
+            (_, 0) => Some(Tensor::zeros(&device, Category::Weights, dtype, &[spare, width])?),
+            (_, _) => Some(all.block([rows, spare], [0, width])?),
         };
+        let tall = if under > 0 { Some(all.block([0, rows + under], [0, width])?) } else { None };
         let has_bias = self.layers.iter().any(|layer| layer.bias.is_some());
         let bias = has_bias
             .then(|| Tensor::zeros(&device, Category::Weights, DType::F32, &[rows, 1]))
@@ -134,7 +140,7 @@ impl LinearGroup {
             None => wide.block([0, rows], [0, width])?,
         };
         let bias = bias.map(|bias| bias.reshape(&[rows])).transpose()?;
-        self.packed = Some(Packed { wide, weight, quantised, a, bias, scale });
+        self.packed = Some(Packed { wide, tall, weight, quantised, a, bias, scale });
         Ok(())
     }
 }
@@ -259,7 +265,11 @@ impl Node {
     fn backward(mut self, gradients: &mut Gradients, slots: &[usize]) -> Result<()> {
         let Some(d_out) = self.d_out(gradients, slots)? else { return Ok(()) };
         let [tokens, width] = self.input_shape;
-        let is_apart = width > d_out.columns() && tokens * width * d_out.dtype().bytes() >= APART_BYTES;
+        let is_large = tokens * width * d_out.dtype().bytes() >= APART_BYTES;
+        if is_large && let Some(d_input) = self.riding_slopes(gradients, &d_out)? {
+            return self.hand_on(gradients, Some(d_input), d_out);
+        }
+        let is_apart = width > d_out.columns() && is_large;
         let (mut d_input, d_reduced) = match self.input_slot {
             _ if self.packed.quantised.is_some() => {
                 self.packed.backward_fp8(&d_out, self.input_slot.is_some())?
@@ -268,7 +278,7 @@ impl Node {
             _ => (None, self.reduced_slope(&d_out)?),
         };
         if let Some(d_reduced) = &d_reduced {
-            self.adapter_gradients(gradients, &d_out, d_reduced)?;
+            self.adapter_gradients(gradients, &d_out, (d_reduced, self.packed.scale))?;
         }
         // It may have been computed again.
         self.input = None;
@@ -281,6 +291,10 @@ impl Node {
             let finish = Finish { scale: self.packed.scale, ..Finish::ACCUMULATE };
             self.multiply((Operand::plain(d_reduced), a), d_input, &finish)?;
         }
+        self.hand_on(gradients, d_input, d_out)
+    }
+
+    fn hand_on(self, gradients: &mut Gradients, d_input: Option<Tensor>, d_out: Tensor) -> Result<()> {
         if let (Some(slot), Some(d_input)) = (self.input_slot, d_input) {
             gradients.add(slot, d_input)?;
         }
@@ -288,6 +302,28 @@ impl Node {
             Some(slot) => gradients.add(slot, d_out),
             None => Ok(()),
         }
+    }
+
+    /// The gradient of x in one product, where the rows of d_out have room for s d_out B: no second pass over it.
+    fn riding_slopes(&mut self, gradients: &mut Gradients, d_out: &Tensor) -> Result<Option<Tensor>> {
+        let ranks = self.packed.a.as_ref().map_or(0, Tensor::rows);
+        let (Some(tall), Some((mut d_reduced, wide_d_out))) =
+            (self.packed.tall.clone(), d_out.spare_columns())
+        else {
+            return Ok(None);
+        };
+        if self.input_slot.is_none() || d_reduced.columns() != ranks {
+            return Ok(None);
+        }
+        let b = self.packed.wide.block([0, self.packed.wide.rows()], [self.input_shape[1], ranks])?;
+        self.multiply((Operand::plain(d_out), &b), &mut d_reduced, &Finish::scaled(self.packed.scale))?;
+        self.adapter_gradients(gradients, d_out, (&d_reduced, 1.0))?;
+        // The columns are another group's next; and the input may have been computed again.
+        gradients.finish_weights()?;
+        self.input = None;
+        let mut d_input = self.scratch(d_out, self.input_shape[1])?;
+        self.multiply((Operand::plain(&wide_d_out), &tall), &mut d_input, &Finish::STORE)?;
+        Ok(Some(d_input))
     }
 
     fn scratch(&self, like: &Tensor, columns: usize) -> Result<Tensor> {
@@ -333,13 +369,19 @@ impl Node {
             Some(gradient) => gradient.reshape(&[rows, width]),
             None => Tensor::zeros(like.device(), Category::Activations, like.dtype(), &[rows, width]),
         });
-        let parts = parts.collect::<Result<Vec<_>>>()?;
+        let mut parts = parts.collect::<Result<Vec<_>>>()?;
         drop(like);
-        Tensor::join_columns(parts).map(Some)
+        // One alone keeps its columns to spare.
+        if parts.len() == 1 { Ok(parts.pop()) } else { Tensor::join_columns(parts).map(Some) }
     }
 
-    /// Adds to the gradients of every layer's A and B.
-    fn adapter_gradients(&self, gradients: &mut Gradients, d_out: &Tensor, d_reduced: &Tensor) -> Result<()> {
+    /// Adds to the gradients of every layer's A and B; `factor` times `d_reduced` is the gradient of x A^T.
+    fn adapter_gradients(
+        &self,
+        gradients: &mut Gradients,
+        d_out: &Tensor,
+        (d_reduced, factor): (&Tensor, f32),
+    ) -> Result<()> {
         let (Some(reduced), Some(saved)) = (&self.reduced, &self.input) else { return Ok(()) };
         let input = saved.get()?.reshape(&self.input_shape)?;
         let tokens = d_out.rows();
@@ -357,7 +399,7 @@ impl Node {
             }
             if let Some(a) = lora.a.parameter() {
                 let slope = d_reduced.block([0, tokens], [column, rank])?;
-                gradients.add_weight(a, slope, input.clone(), lora.scale)?;
+                gradients.add_weight(a, slope, input.clone(), factor)?;
             }
             row += features;
             column += rank;

@@ -22,7 +22,7 @@ pub use gated::{gated, gated_with_spare};
 pub use linear::{Dropout, Linear, LinearOptions, Lora, linear, project};
 pub use linear_group::{LinearGroup, linear_group};
 pub use loss::{CrossEntropy, LOGIT_CHUNK_BYTES, Targets, linear_cross_entropy, logit_chunk_rows};
-pub use norm::{rms_norm, rms_norm_with_spare};
+pub use norm::{Spare, rms_norm, rms_norm_with_spare};
 pub use optimizer::{AdamWState, adamw, adamw_step, global_norm, sum_of_squares};
 pub use rope::{RopeTable, rope, rope_all};
 pub(crate) use sample::SampleConstants;

@@ -19,10 +19,19 @@ pub fn rms_norm(
     kind: NormWeight,
     epsilon: f32,
 ) -> Result<Var> {
-    rms_norm_with_spare(tape, x, weight, kind, epsilon, 0)
+    rms_norm_with_spare(tape, x, weight, kind, epsilon, Spare::default())
 }
 
-/// [`rms_norm`] with room for more columns in the rows of the result; see [`Tensor::scratch_with_spare`].
+/// Columns that rows have to spare; see [`Tensor::scratch_with_spare`].
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Spare {
+    /// Of the result.
+    pub result: usize,
+    /// Of the gradient of x, where this operation's is the first.
+    pub gradient: usize,
+}
+
+/// [`rms_norm`] with room for more columns in rows.
 ///
 /// # Errors
 /// As [`rms_norm`].
@@ -32,7 +41,7 @@ pub fn rms_norm_with_spare(
     weight: Option<&Weight>,
     kind: NormWeight,
     epsilon: f32,
-    spare: usize,
+    spare: Spare,
 ) -> Result<Var> {
     let input = x.tensor().clone();
     let value = weight.map(Weight::value);
@@ -53,7 +62,7 @@ pub fn rms_norm_with_spare(
             Ok(out)
         }
     };
-    let out = compute(spare)?;
+    let out = compute(spare.result)?;
     let parameter = weight.and_then(Weight::parameter).cloned();
     let input_slot = x.slot();
     let wanted = input_slot.is_some() || parameter.is_some();
@@ -62,7 +71,7 @@ pub fn rms_norm_with_spare(
             let Some(d_out) = gradients.take(slot) else { return Ok(()) };
             let kernels = device.kernels();
             if let Some(slot) = input_slot {
-                gradients.add_with(slot, (&input, input.shape()), |d_x, accumulate| {
+                gradients.add_with(slot, (&input, input.shape(), spare.gradient), |d_x, accumulate| {
                     let d_x = Some((d_x, accumulate));
                     kernels.rms_norm_backward(&input, value.as_ref(), kind, epsilon, &d_out, d_x, None);
                     Ok(())
@@ -78,5 +87,5 @@ pub fn rms_norm_with_spare(
         })
     });
     // With the same columns to spare, so that products read it alike whether it was kept or not.
-    Ok(tape.with_recipe(var, move || compute(spare)))
+    Ok(tape.with_recipe(var, move || compute(spare.result)))
 }

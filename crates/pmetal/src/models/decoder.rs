@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use pmetal_engine::device::{AttentionParameters, CrossEntropyParameters};
 use pmetal_engine::ops::{
-    self, CrossEntropy, Dropout, LinearGroup, LinearOptions, Targets, linear_cross_entropy, rms_norm,
+    self, Spare, CrossEntropy, Dropout, LinearGroup, LinearOptions, Targets, linear_cross_entropy, rms_norm,
 };
 use pmetal_engine::{Category, DType, Device, Recompute, Tape, Tensor, Var, Weight};
 
@@ -170,7 +170,10 @@ impl Decoder {
             cache.epochs = self.epochs(cache.tokens());
         }
         let weight = Some(&self.final_norm);
-        let states = rms_norm(tape, &states, weight, self.spec.norm_weight, self.spec.norm_epsilon)?;
+        // What flows back through the residuals starts here; the slopes of the adapters that it meets ride along.
+        let spare = Spare { result: 0, gradient: self.layers.last().map_or(0, |layer| layer.down.spare()) };
+        let (kind, epsilon) = (self.spec.norm_weight, self.spec.norm_epsilon);
+        let states = ops::rms_norm_with_spare(tape, &states, weight, kind, epsilon, spare)?;
         if let Some(observe) = &mut observe {
             observe(self.layers.len(), states.tensor());
         }
@@ -271,7 +274,7 @@ impl Layer {
         cache: Option<(&mut KeyValueCache, usize)>,
     ) -> Result<Var> {
         let norm = |x: &Var, weight: &Weight, reader: &LinearGroup| {
-            let (kind, spare) = (shared.norm_weight, reader.spare());
+            let (kind, spare) = (shared.norm_weight, Spare { result: reader.spare(), gradient: 0 });
             ops::rms_norm_with_spare(tape, x, Some(weight), kind, shared.epsilon, spare)
         };
         let normed = norm(&states, &self.input_norm, &self.projection)?;

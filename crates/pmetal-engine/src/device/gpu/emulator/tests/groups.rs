@@ -2,7 +2,9 @@
 
 use super::*;
 use crate::device::NormWeight;
-use crate::ops::{Linear, LinearGroup, LinearOptions, Lora, linear_group, rms_norm};
+use crate::ops::{
+    Linear, LinearGroup, LinearOptions, Lora, Spare, linear_group, rms_norm, rms_norm_with_spare,
+};
 use crate::{Parameter, Tape, Var, Weight};
 
 const WIDTH: usize = 24;
@@ -40,7 +42,8 @@ fn pass(run: &Run<'_>, packs: bool, rows: usize) -> Vec<Tensor> {
     let tape = Tape::recording();
     let leaf = tape.leaf(run.dense(100, &[rows, WIDTH]));
     let normed = if packs {
-        crate::ops::rms_norm_with_spare(&tape, &leaf, None, NormWeight::Plain, 1e-3, group.spare()).unwrap()
+        let spare = Spare { result: group.spare(), gradient: 0 };
+        crate::ops::rms_norm_with_spare(&tape, &leaf, None, NormWeight::Plain, 1e-3, spare).unwrap()
     } else {
         rms_norm(&tape, &leaf, None, NormWeight::Plain, 1e-3).unwrap()
     };
@@ -73,6 +76,40 @@ fn merged(tape: &Tape, outputs: Vec<Var>) -> Var {
     let first = onto(&outputs[0], 200, None);
     let second = onto(&outputs[1], 201, Some(&first));
     onto(&outputs[2], 202, Some(&second))
+}
+
+/// One layer and its residual under a norm whose gradient has columns to spare; what [`pass`] returns.
+fn residual_pass(run: &Run<'_>, spare: usize) -> Vec<Tensor> {
+    const ROWS: usize = 9;
+    let trained =
+        |seed, shape: &[usize]| Weight::Trainable(Parameter::new("adapter", run.floats(seed, shape)));
+    let (a, b) = (trained(1, &[5, WIDTH]), trained(2, &[16, 5]));
+    let lora = Lora { a, b, scale: 0.5, dropout: 0.0, stream: 0 };
+    let weight = Weight::Frozen(run.dense(3, &[16, WIDTH]));
+    let mut group = LinearGroup::new(vec![Linear { weight, bias: None, lora: Some(lora) }]);
+    group.pack(run.dtype).unwrap();
+    let tape = Tape::recording();
+    let (leaf, states) = (tape.leaf(run.dense(4, &[ROWS, WIDTH])), tape.leaf(run.dense(5, &[ROWS, 16])));
+    let options = LinearOptions { residual: Some(&states), ..LinearOptions::default() };
+    let output = linear_group(&tape, &leaf, &group, options).unwrap().remove(0);
+    let spare = Spare { result: 0, gradient: spare };
+    let normed = rms_norm_with_spare(&tape, &output, None, NormWeight::Plain, 1e-3, spare).unwrap();
+    let mut gradients = tape.backward(&normed, run.dense(6, &[ROWS, 16])).unwrap();
+    let mut results: Vec<Tensor> =
+        [&leaf, &states].map(|var| gradients.take(var.slot().unwrap()).unwrap().contiguous().unwrap()).into();
+    let lora = group.layers()[0].lora.as_ref().unwrap();
+    results.extend([&lora.a, &lora.b].map(|weight| weight.parameter().unwrap().gradient().unwrap()));
+    results
+}
+
+#[test]
+fn the_slope_of_an_adapter_rides_in_columns_that_the_gradient_has_to_spare() {
+    for dtype in [DType::F32, DType::Bf16] {
+        // None, as many as the adapter takes, and others.
+        for spare in [0, 8, 16] {
+            check_padded(&format!("{spare} columns to spare"), dtype, &[0], &|run| residual_pass(run, spare));
+        }
+    }
 }
 
 #[test]

@@ -6,7 +6,7 @@ use super::*;
 use crate::device::{GateActivation, NormWeight};
 use crate::error::{Error, Result};
 use crate::ops::{
-    Linear, LinearGroup, LinearOptions, Lora, gated_with_spare, linear_group, rms_norm_with_spare,
+    Linear, LinearGroup, LinearOptions, Lora, Spare, gated_with_spare, linear_group, rms_norm_with_spare,
 };
 use crate::{Parameter, Recompute, Tape, Var, Weight};
 
@@ -19,6 +19,10 @@ const BLOCKS: usize = 5;
 struct Block {
     gate_up: LinearGroup,
     down: LinearGroup,
+}
+
+fn room(result: usize) -> Spare {
+    Spare { result, gradient: 0 }
 }
 
 fn group(run: &Run<'_>, seed: u64, shapes: &[[usize; 2]]) -> LinearGroup {
@@ -50,7 +54,7 @@ impl Block {
     }
 
     fn forward(&self, tape: &Tape, x: &Var) -> Result<Var> {
-        let normed = rms_norm_with_spare(tape, x, None, NormWeight::Plain, 1e-3, self.gate_up.spare())?;
+        let normed = rms_norm_with_spare(tape, x, None, NormWeight::Plain, 1e-3, room(self.gate_up.spare()))?;
         let halves = linear_group(tape, &normed, &self.gate_up, LinearOptions::default())?;
         drop(normed);
         let spare = self.down.spare();
