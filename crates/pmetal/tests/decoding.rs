@@ -58,20 +58,25 @@ fn rules(max_tokens: usize) -> StopRules {
 }
 
 #[test]
-fn replayed_steps_continue_every_fixture_as_transformers_does() {
+fn replayed_steps_continue_texts_as_transformers_does() {
     let Some(device) = emulator() else { return };
-    let folders = std::fs::read_dir(fixture("")).unwrap().map(|entry| entry.unwrap().path());
-    let mut compared = 0;
-    for folder in folders.filter(|path| path.is_dir()) {
+    // One of each kind of angles, masks and norms; a GPU is given all by `pmetal verify`.
+    let names = [
+        "llama31-rope",
+        "llama-rope-dynamic",
+        "llama-rope-longrope",
+        "mistral-window",
+        "qwen2-tied",
+        "qwen3",
+    ];
+    for folder in names.map(fixture) {
         let decoder = decoder_on(&folder, &device, DType::F32);
         let (ids, wanted) = greedy_of(&folder);
         let mut session = Session::new(&decoder).unwrap();
         let (tokens, finish) = continued(&mut session, &ids, &Sampling::default(), &rules(24));
         assert_eq!((&tokens, finish), (&wanted, Finish::Length), "{}", folder.display());
         assert_eq!(session.ids(), [ids, wanted].concat(), "{}", folder.display());
-        compared += 1;
     }
-    assert!(compared >= 23, "only {compared} fixtures were continued");
 }
 
 #[test]
@@ -82,7 +87,7 @@ fn replayed_steps_draw_what_plain_steps_and_the_processor_draw() {
     let (here, there) =
         (decoder_on(&folder, &Device::cpu(), DType::F32), decoder_on(&folder, &device, DType::F32));
     let mut texts = Vec::new();
-    for seed in 0..3 {
+    for seed in 0..2 {
         let sampling = Sampling {
             temperature: 0.9,
             top_k: 30,
@@ -95,14 +100,14 @@ fn replayed_steps_draw_what_plain_steps_and_the_processor_draw() {
         let draw = |decoder: &Decoder, records| {
             let mut session = Session::new(decoder).unwrap();
             session.record_steps(records);
-            continued(&mut session, &ids, &sampling, &rules(20)).0
+            continued(&mut session, &ids, &sampling, &rules(12)).0
         };
         let expected = draw(&here, true);
         assert_eq!(draw(&there, true), expected, "seed {seed}");
         assert_eq!(draw(&there, false), expected, "seed {seed}, plain");
         texts.push(expected);
     }
-    assert!(texts[0] != texts[1] || texts[1] != texts[2], "seeds change nothing");
+    assert_ne!(texts[0], texts[1], "seeds change nothing");
 }
 
 #[test]

@@ -165,9 +165,10 @@ fn bytes_of_a_token(decoder: &Decoder) -> usize {
 
 /// Bytes a second that the device reads and writes when it copies.
 fn copy_bandwidth(device: &Device) -> anyhow::Result<f64> {
-    const BYTES: usize = 256 << 20;
     const COPIES: usize = 10;
-    let source = Tensor::zeros(device, Category::Workspace, DType::F32, &[BYTES / 4])?;
+    // More than any cache holds.
+    let bytes: usize = if device.is_host() { 64 << 20 } else { 256 << 20 };
+    let source = Tensor::zeros(device, Category::Workspace, DType::F32, &[bytes / 4])?;
     let mut seconds = f64::INFINITY;
     for _ in 0..3 {
         drop(source.copy(Category::Workspace)?);
@@ -179,5 +180,5 @@ fn copy_bandwidth(device: &Device) -> anyhow::Result<f64> {
         device.synchronize()?;
         seconds = seconds.min(start.elapsed().as_secs_f64());
     }
-    Ok((2 * BYTES * COPIES) as f64 / seconds)
+    Ok((2 * bytes * COPIES) as f64 / seconds)
 }
