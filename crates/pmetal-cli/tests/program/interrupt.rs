@@ -69,9 +69,9 @@ fn an_interrupted_run_goes_on_to_the_same_bytes() {
 #[test]
 fn a_second_signal_ends_at_once() {
     let sandbox = Sandbox::new();
-    // One step for some 150 thousand tokens, which takes this build far longer than any machine is busy: a step is an
+    // One step for some 80 thousand tokens, which takes this build far longer than any machine is busy: a step is an
     // epoch at most, so that accumulation alone does not make it long.
-    sandbox.write("rows.jsonl", &text_rows(8000));
+    sandbox.write("rows.jsonl", &text_rows(4000));
     let slow = [
         "--max-steps",
         "2000",
@@ -86,9 +86,11 @@ fn a_second_signal_ends_at_once() {
     let in_the_step = |attempt: u32| {
         let output = format!("run-{attempt}");
         let mut command = sandbox.command(&sandbox.training(&output, &slow));
+        let start = Instant::now();
         let mut child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
         wait_for("the run", || sandbox.path(&output).join("run.toml").exists());
-        std::thread::sleep(Duration::from_millis(200) * attempt);
+        // A machine that took long to come here takes long to begin the step.
+        std::thread::sleep(start.elapsed() * attempt / 2);
         signal(&child, "INT");
         std::thread::sleep(Duration::from_millis(50) * attempt);
         child.try_wait().unwrap().is_none().then_some((child, output))
