@@ -241,7 +241,7 @@ impl Gradients {
     }
 
     /// Lets an operation write into a slot's gradient directly; the flag says whether it must add to it.
-    /// A fresh gradient takes device and element type from `like`, and its rows have `spare` more columns.
+    /// A fresh gradient takes device and element type from `like`, and its rows have `spare` more columns but on a CPU.
     ///
     /// # Errors
     /// What `write` returns, or out of memory.
@@ -256,7 +256,7 @@ impl Gradients {
             None => {
                 let (device, dtype, category) = (like.device(), like.dtype(), Category::Activations);
                 let fresh = match (shape, spare) {
-                    (&[rows, width], 1..) => {
+                    (&[rows, width], 1..) if !like.is_host() => {
                         Tensor::scratch_with_spare(device, category, dtype, [rows, width], spare)?
                     }
                     _ => Tensor::scratch(device, category, dtype, shape)?,

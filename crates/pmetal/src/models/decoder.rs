@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use pmetal_engine::device::{AttentionParameters, CrossEntropyParameters};
 use pmetal_engine::ops::{
-    self, Spare, CrossEntropy, Dropout, LinearGroup, LinearOptions, Targets, linear_cross_entropy, rms_norm,
+    self, CrossEntropy, Dropout, LinearGroup, LinearOptions, Spare, Targets, linear_cross_entropy, rms_norm,
 };
 use pmetal_engine::{Category, DType, Device, Recompute, Tape, Tensor, Var, Weight};
 
