@@ -41,11 +41,11 @@ static void host_prepare(HostContext* context, char* stack, size_t bytes, void (
 #endif
 
 #ifdef __APPLE__
-extern char host_shared_begin __asm("section$start$__DATA$kernel_shared");
-extern char host_shared_end __asm("section$end$__DATA$kernel_shared");
+extern char host_shared_begin[] __asm("section$start$__DATA$kernel_shared");
+extern char host_shared_end[] __asm("section$end$__DATA$kernel_shared");
 #else
-extern char host_shared_begin __asm("__start_kernel_shared") __attribute__((weak, visibility("hidden")));
-extern char host_shared_end __asm("__stop_kernel_shared") __attribute__((weak, visibility("hidden")));
+extern char host_shared_begin[] __asm("__start_kernel_shared") __attribute__((weak, visibility("hidden")));
+extern char host_shared_end[] __asm("__stop_kernel_shared") __attribute__((weak, visibility("hidden")));
 #endif
 
 // A launch as the caller describes it. Kinds of arguments: `a` address, `u` 32 bits, `w` 64 bits, `f` float.
@@ -170,7 +170,7 @@ static bool host_advance(uint first, uint lanes) {
 
 static void host_run_group(uint threads) {
     uint simd_groups = (threads + SIMD - 1) / SIMD, order[HOST_MOST_THREADS / SIMD];
-    if (&host_shared_begin) memset(&host_shared_begin, 0xff, (size_t)(&host_shared_end - &host_shared_begin));
+    if (host_shared_begin) memset(host_shared_begin, 0xff, (size_t)(host_shared_end - host_shared_begin));
     for (uint i = 0; i < threads; ++i) host.state[i] = HOST_READY;
     bool takes_turns = host_random(2);
     for (;;) {
