@@ -105,14 +105,14 @@ KERNEL(uniform)(GIVEN_POSITION
 }
 
 // Inverted dropout: element i is dropped when the upper 24 bits of its word are below the threshold. x and out are
-// contiguous; grid ceil(elements / 1024), group 256: four elements a thread.
+// contiguous; steps_before [1] or null is added to the step. Grid ceil(elements / 1024), group 256: four elements a thread.
 KERNEL(dropout)(GIVEN_POSITION
     const GLOBAL SOURCE* x, GLOBAL ELEMENT* out, SCALAR(ulong64, elements), SCALAR(uint, threshold),
     SCALAR(float, factor), SCALAR(uint, seed_low), SCALAR(uint, seed_high), SCALAR(uint, step), SCALAR(uint, stream),
-    SCALAR(uint, accumulate)) {
+    const GLOBAL uint* steps_before, SCALAR(uint, accumulate)) {
     ulong64 block = (ulong64)GROUP_X * THREADS + THREAD;
     uint c[4];
-    philox(block, seed_low, seed_high, step, stream, c);
+    philox(block, seed_low, seed_high, steps_before ? step + steps_before[0] : step, stream, c);
     for (int j = 0; j < 4; ++j) {
         ulong64 i = block * 4 + j;
         if (i >= elements) return;

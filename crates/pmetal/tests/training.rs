@@ -52,6 +52,7 @@ macro_rules! on_every_device {
 on_every_device! {
     packed_rows_train_as_if_each_were_alone,
     a_document_does_not_see_the_others,
+    every_step_has_masks_of_its_own_also_when_it_is_replayed,
 }
 
 fn skipped(test: &str, device: &str, reason: &str) {
@@ -251,6 +252,31 @@ fn recomputed_activations_give_the_same_bits() {
             .collect();
         assert!(states[0] == states[1] && states[0] == states[2], "{name}");
     }
+}
+
+/// Without learning anything, only the masks of dropout change from step to step.
+fn every_step_has_masks_of_its_own_also_when_it_is_replayed(device: &Device) {
+    let losses_of = |records: bool, probability: f32| -> Vec<u64> {
+        let mut decoder = decoder_on(device, DType::F32, "llama2", false);
+        decoder
+            .change_linears(|_, linear| {
+                linear.lora.iter_mut().for_each(|lora| lora.dropout = probability);
+                Ok(())
+            })
+            .unwrap();
+        let settings = OptimizerSettings { records, ..OptimizerSettings::default() };
+        let mut learner = Learner::new(decoder, settings).unwrap();
+        let batches: Vec<MicroBatch> = rows()[1..4].chunks(2).map(packed).collect();
+        let loss = |step| learner.step(step, 0.0, &batches).unwrap().loss.to_bits();
+        (0..4).map(loss).collect()
+    };
+    let (replayed, plain) = (losses_of(true, 0.4), losses_of(false, 0.4));
+    assert_eq!(replayed, plain);
+    let mut different = plain.clone();
+    different.sort_unstable();
+    different.dedup();
+    assert_eq!(different.len(), plain.len(), "steps share masks");
+    assert!(losses_of(true, 0.0).windows(2).all(|two| two[0] == two[1]));
 }
 
 const LEVELS: [Recompute; 3] = [Recompute::None, Recompute::Cheap, Recompute::Full];

@@ -1,8 +1,9 @@
 //! Kernels that work on rows.
 
 use super::Inputs;
-use crate::device::{GateActivation, NormWeight, RopePairing, RopeRows};
+use crate::device::{DropoutMask, GateActivation, NormWeight, RopePairing, RopeRows};
 use crate::error::Result;
+use crate::memory::Category;
 use crate::random::RandomKey;
 use crate::{DType, Tensor};
 
@@ -103,8 +104,13 @@ pub(super) fn dropped(inputs: &Inputs<'_>, width: usize) -> Result<Vec<Tensor>> 
     let shape = [5, width];
     let x = inputs.dense(1, &shape)?;
     let (mut out, mut added) = (inputs.dense(3, &shape)?, inputs.dense(2, &shape)?);
-    kernels.dropout(&x, 0.3, KEY, &mut out, false);
-    kernels.dropout(&x, 0.3, KEY, &mut added, true);
+    kernels.dropout(&x, &DropoutMask::new(0.3, KEY), &mut out, false);
+    // The same mask by a key of an earlier step and the number of steps since, which devices read when they run.
+    let since = Tensor::from_slice(inputs.device, Category::Workspace, &[1], &[3_u32])?;
+    let earlier = RandomKey { step: KEY.step - 3, ..KEY };
+    let mask = DropoutMask { steps_before: Some(&since), ..DropoutMask::new(0.3, earlier) };
+    let known = DropoutMask::new(0.3, KEY);
+    kernels.dropout(&x, if inputs.device.is_host() { &known } else { &mask }, &mut added, true);
     let mut uniform = inputs.place(DType::F32, &shape, 0, &vec![f32::NAN; 5 * width])?;
     kernels.uniform(KEY, 0.25, &mut uniform);
     Ok(vec![out, added, uniform])

@@ -455,6 +455,25 @@ pub struct AdamWEntry<'a> {
     pub shadow: Option<&'a mut Tensor>,
 }
 
+/// Which elements dropout keeps.
+#[derive(Debug, Clone, Copy)]
+pub struct DropoutMask<'a> {
+    /// Share of the elements that is dropped.
+    pub probability: f32,
+    /// Decides, together with an element's index.
+    pub key: RandomKey,
+    /// Added to the key's step when the kernel runs, so that a recording can be replayed for other steps: u32 \[1\] on a
+    /// device. CPUs record nothing and take the key as it is.
+    pub steps_before: Option<&'a Tensor>,
+}
+
+impl DropoutMask<'_> {
+    /// A mask of a step that is known.
+    pub fn new(probability: f32, key: RandomKey) -> Self {
+        Self { probability, key, steps_before: None }
+    }
+}
+
 /// Rotary angles: cosines and sines f32 \[P, half\], and for each token, u32 \[T\], its row of these.
 #[derive(Clone, Copy)]
 pub struct RopeRows<'a> {
@@ -600,7 +619,7 @@ pub trait Kernels: Send + Sync {
 
     /// Inverted dropout: `out = keep ? x / (1 - probability) : 0`, plus what it holds when `accumulate`.
     /// The mask is a pure function of the key and the element's index.
-    fn dropout(&self, x: &Tensor, probability: f32, key: RandomKey, out: &mut Tensor, accumulate: bool);
+    fn dropout(&self, x: &Tensor, mask: &DropoutMask<'_>, out: &mut Tensor, accumulate: bool);
 
     /// Overwrites element i by `bound * (2 u - 1)` with the key's i-th uniform number u.
     fn uniform(&self, key: RandomKey, bound: f32, out: &mut Tensor);

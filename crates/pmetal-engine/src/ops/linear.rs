@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::device::{Arithmetic, Finish, Kernels, Operand};
+use crate::device::{Arithmetic, DropoutMask, Finish, Kernels, Operand};
 use crate::error::{Error, Result, expect_dtype, expect_shape};
 use crate::memory::Category;
 use crate::random::RandomKey;
@@ -43,12 +43,14 @@ impl Lora {
 }
 
 /// Where dropout takes its randomness from; absent outside training.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct Dropout {
     /// The run's seed.
     pub seed: u64,
     /// Counts forward passes: optimizer step and micro-batch.
     pub step: u32,
+    /// As [`DropoutMask::steps_before`].
+    pub steps_before: Option<Tensor>,
 }
 
 /// What is added to or multiplied with a linear layer's result in the same pass.
@@ -59,7 +61,7 @@ pub struct LinearOptions<'a> {
     /// Factor on everything but the residual.
     pub scale: f32,
     /// Dropout of the adapter's input.
-    pub dropout: Option<Dropout>,
+    pub dropout: Option<&'a Dropout>,
     /// Whether the result is that of a whole [`Tape::checkpoint`]. When the block is computed again for its gradients
     /// it is left out, as nobody reads it: the residual, or nothing in particular, stands in its place.
     pub ends_block: bool,
@@ -87,7 +89,7 @@ struct LoraRecord {
     lora: Lora,
     /// s x A^T \[T, R\].
     reduced: Tensor,
-    dropout: Option<RandomKey>,
+    dropout: Option<Dropped>,
 }
 
 /// `y = residual + scale (x W^T + b + s (x A^T) B^T)`: x \[.., D\], y \[T, N\] in the type of x.
@@ -189,26 +191,40 @@ fn scaled(x: Tensor, factor: f32) -> Result<Tensor> {
 }
 
 /// s x A^T, with dropout on x while training.
-fn reduce(lora: &Lora, input: &Tensor, dropout: Option<Dropout>) -> Result<LoraRecord> {
+fn reduce(lora: &Lora, input: &Tensor, dropout: Option<&Dropout>) -> Result<LoraRecord> {
     let a = lora.a.value();
     expect_shape("linear", "lora_A", a.shape(), &[a.rows(), input.columns()])?;
     let (device, tokens) = (input.device(), input.rows());
-    let dropout = dropout.filter(|_| lora.dropout > 0.0).map(|source| RandomKey {
-        seed: source.seed,
-        step: source.step,
-        stream: lora.stream,
+    let dropout = dropout.filter(|_| lora.dropout > 0.0).map(|source| Dropped {
+        probability: lora.dropout,
+        key: RandomKey { seed: source.seed, step: source.step, stream: lora.stream },
+        steps_before: source.steps_before.clone(),
     });
     let mut reduced = Tensor::scratch(device, Category::Activations, input.dtype(), &[tokens, a.rows()])?;
-    let dropped = dropout.map(|key| drop_elements(input, lora.dropout, key)).transpose()?;
+    let dropped = dropout.as_ref().map(|mask| drop_elements(input, mask)).transpose()?;
     let product = (Operand::plain(dropped.as_ref().unwrap_or(input)), Operand::transposed(&a));
     let arithmetic = arithmetic_for(input.dtype());
     device.kernels().matmul(&[product], &mut reduced, &Finish::scaled(lora.scale), arithmetic)?;
     Ok(LoraRecord { lora: lora.clone(), reduced, dropout })
 }
 
-fn drop_elements(input: &Tensor, probability: f32, key: RandomKey) -> Result<Tensor> {
+/// Which elements of an adapter's input were dropped.
+struct Dropped {
+    probability: f32,
+    key: RandomKey,
+    steps_before: Option<Tensor>,
+}
+
+impl Dropped {
+    fn mask(&self) -> DropoutMask<'_> {
+        let Self { probability, key, steps_before } = self;
+        DropoutMask { probability: *probability, key: *key, steps_before: steps_before.as_ref() }
+    }
+}
+
+fn drop_elements(input: &Tensor, dropped: &Dropped) -> Result<Tensor> {
     let mut out = Tensor::scratch(input.device(), Category::Activations, input.dtype(), input.shape())?;
-    input.device().kernels().dropout(input, probability, key, &mut out, false);
+    input.device().kernels().dropout(input, &dropped.mask(), &mut out, false);
     Ok(out)
 }
 
@@ -287,8 +303,7 @@ impl Node {
             gradients.add_weight(parameter, d_out.clone(), record.reduced.clone(), self.scale)?;
         }
         if let (Some(parameter), Some(input)) = (record.lora.a.parameter(), input) {
-            let dropped =
-                record.dropout.map(|key| drop_elements(input, record.lora.dropout, key)).transpose()?;
+            let dropped = record.dropout.as_ref().map(|mask| drop_elements(input, mask)).transpose()?;
             let right = dropped.unwrap_or_else(|| input.clone());
             gradients.add_weight(parameter, d_reduced.clone(), right, self.scale)?;
         }
@@ -307,22 +322,21 @@ impl Node {
         let kernels: &dyn Kernels = d_out.device().kernels();
         let weight = self.weight.value();
         let a = self.record.as_ref().map(|record| record.lora.a.value());
-        let mask =
-            self.record.as_ref().and_then(|record| record.dropout.map(|key| (key, record.lora.dropout)));
+        let dropped = self.record.as_ref().and_then(|record| record.dropout.as_ref());
         gradients.add_with(slot, (d_out, &self.input_shape, 0), |d_input, accumulate| {
             let finish = Finish { scale: self.scale, accumulate, ..Finish::STORE };
             let main = (Operand::plain(d_out), Operand::plain(&weight));
             let adapter = d_reduced.zip(a.as_ref()).map(|(d, a)| (Operand::plain(d), Operand::plain(a)));
-            match (adapter, mask) {
+            match (adapter, dropped) {
                 (Some(adapter), None) => kernels.matmul(&[main, adapter], d_input, &finish, arithmetic),
                 (None, _) => kernels.matmul(&[main], d_input, &finish, arithmetic),
-                (Some(adapter), Some((key, probability))) => {
+                (Some(adapter), Some(dropped)) => {
                     kernels.matmul(&[main], d_input, &finish, arithmetic)?;
                     let device = d_out.device();
                     let shape = &self.input_shape;
                     let mut part = Tensor::scratch(device, Category::Activations, d_out.dtype(), shape)?;
                     kernels.matmul(&[adapter], &mut part, &Finish::scaled(self.scale), arithmetic)?;
-                    kernels.dropout(&part, probability, key, d_input, true);
+                    kernels.dropout(&part, &dropped.mask(), d_input, true);
                     Ok(())
                 }
             }

@@ -112,11 +112,6 @@ impl Decoder {
         &self.device
     }
 
-    /// Whether an adapter drops elements of its input while training.
-    pub fn drops_elements(&self) -> bool {
-        self.linears().iter().any(|(_, linear)| linear.lora.as_ref().is_some_and(|lora| lora.dropout > 0.0))
-    }
-
     /// The output head: \[V, D\].
     pub fn head(&self) -> &Weight {
         self.head.as_ref().unwrap_or(&self.embedding)
@@ -238,8 +233,8 @@ impl Decoder {
 }
 
 impl Shared {
-    fn options(&self) -> LinearOptions<'static> {
-        LinearOptions { dropout: self.dropout, ..LinearOptions::default() }
+    fn options(&self) -> LinearOptions<'_> {
+        LinearOptions { dropout: self.dropout.as_ref(), ..LinearOptions::default() }
     }
 }
 

@@ -98,6 +98,36 @@ pub struct Learner {
 struct StepInputs {
     batches: Vec<(Arc<Inputs>, Targets)>,
     control: AdamWControl,
+    masks: Masks,
+}
+
+/// What masks of dropout depend on beside the micro-batch.
+struct Masks {
+    /// Micro-batches of all steps before.
+    batches_before: u32,
+    /// The same, u32 \[1\], where recordings read it.
+    on_device: Option<Tensor>,
+}
+
+impl Masks {
+    fn new(device: &Device, batches_before: u32) -> Result<Self> {
+        let upload = || Tensor::from_slice(device, Category::Workspace, &[1], &[batches_before]);
+        let on_device = if device.is_host() { None } else { Some(upload()?) };
+        Ok(Self { batches_before, on_device })
+    }
+
+    fn set(&mut self, batches_before: u32) {
+        self.batches_before = batches_before;
+        if let Some(tensor) = &mut self.on_device {
+            tensor.write_bytes(&batches_before.to_ne_bytes());
+        }
+    }
+
+    /// Micro-batches of one step must not share a mask.
+    fn of(&self, seed: u64, index: u32) -> Dropout {
+        let before = if self.on_device.is_some() { 0 } else { self.batches_before };
+        Dropout { seed, step: before.wrapping_add(index), steps_before: self.on_device.clone() }
+    }
 }
 
 impl StepInputs {
@@ -106,13 +136,15 @@ impl StepInputs {
         batches: &[MicroBatch],
         padded: &[usize],
         constants: AdamWParameters,
+        batches_before: u32,
     ) -> Result<Self> {
         let each = batches.iter().zip(padded).map(|(batch, &rows)| {
             let inputs = Arc::new(decoder.inputs(&batch.run, rows, 0)?);
             Ok((inputs, decoder.targets(&batch.labels, rows)?))
         });
         let control = AdamWControl::new(decoder.device(), constants)?;
-        Ok(Self { batches: each.collect::<Result<_>>()?, control })
+        let masks = Masks::new(decoder.device(), batches_before)?;
+        Ok(Self { batches: each.collect::<Result<_>>()?, control, masks })
     }
 }
 
@@ -151,6 +183,7 @@ impl RecordedStep {
         decoder: &Decoder,
         batches: &[MicroBatch],
         constants: AdamWParameters,
+        batches_before: u32,
     ) -> Result<bool> {
         if batches.len() != self.inputs.batches.len() {
             return Ok(false);
@@ -163,6 +196,7 @@ impl RecordedStep {
             targets.set(&padded_labels(&batch.labels, inputs.rows()), decoder.spec.vocabulary)?;
         }
         self.inputs.control.set(constants);
+        self.inputs.masks.set(batches_before);
         Ok(true)
     }
 }
@@ -243,8 +277,9 @@ impl Learner {
         batches: &[MicroBatch],
         constants: AdamWParameters,
     ) -> Result<StepSums> {
+        let batches_before = (step * batches.len()) as u32;
         if let Some(recorded) = &mut self.recorded
-            && recorded.overwrite(&self.decoder, batches, constants)?
+            && recorded.overwrite(&self.decoder, batches, constants, batches_before)?
         {
             recorded.recording.replay();
             return recorded.sums.read();
@@ -254,22 +289,21 @@ impl Learner {
             .iter()
             .map(|batch| if device.is_host() { 0 } else { self.padded_tokens }.max(batch.run.ids.len()))
             .collect();
-        let inputs = StepInputs::new(&self.decoder, batches, &padded, constants)?;
-        let dropout_step = step * batches.len();
-        let sums = self.compute(&inputs, dropout_step)?.read()?;
-        let records = !device.is_host() && self.settings.records && !self.decoder.drops_elements();
+        let inputs = StepInputs::new(&self.decoder, batches, &padded, constants, batches_before)?;
+        let sums = self.compute(&inputs)?.read()?;
+        let records = !device.is_host() && self.settings.records;
         let is_known = self.last_shape.as_ref() == Some(&padded);
         self.last_shape = Some(padded);
         if records && is_known && self.recorded.is_none() {
             // The second step of a shape: what it needs was compiled and allocated, and what follows is alike.
-            let recorded = device.record(|| self.compute(&inputs, dropout_step))?;
+            let recorded = device.record(|| self.compute(&inputs))?;
             self.recorded = recorded.map(|(recording, sums)| RecordedStep { recording, inputs, sums });
         }
         Ok(sums)
     }
 
     /// Computes gradients and updates parameters; nothing is read back from a device.
-    fn compute(&mut self, inputs: &StepInputs, dropout_step: usize) -> Result<DeviceSums> {
+    fn compute(&mut self, inputs: &StepInputs) -> Result<DeviceSums> {
         let device = self.decoder.device().clone();
         let mut losses = Vec::with_capacity(inputs.batches.len());
         for (index, (batch, targets)) in inputs.batches.iter().enumerate() {
@@ -280,8 +314,7 @@ impl Learner {
             };
             let forward = Forward {
                 recompute: self.settings.recompute,
-                // Micro-batches of one step must not share a mask.
-                dropout: Some(Dropout { seed: self.settings.seed, step: (dropout_step + index) as u32 }),
+                dropout: Some(inputs.masks.of(self.settings.seed, index as u32)),
                 ..Forward::default()
             };
             // The number of trained tokens divides once, in the optimizer.

@@ -10,8 +10,8 @@ pub(crate) mod pool;
 pub(crate) mod simd;
 
 use crate::device::{
-    AdamWControl, AdamWEntry, Arithmetic, AttentionMask, AttentionParameters, CrossEntropyParameters, Finish,
-    GateActivation, Kernels, NormWeight, Operand, RopeRows, Sum,
+    AdamWControl, AdamWEntry, Arithmetic, AttentionMask, AttentionParameters, CrossEntropyParameters,
+    DropoutMask, Finish, GateActivation, Kernels, NormWeight, Operand, RopeRows, Sum,
 };
 use crate::error::{Error, Result};
 use crate::random::RandomKey;
@@ -216,8 +216,8 @@ impl Kernels for Cpu {
         elementwise::convert(source, target);
     }
 
-    fn dropout(&self, x: &Tensor, probability: f32, key: RandomKey, out: &mut Tensor, accumulate: bool) {
-        elementwise::dropout(x, probability, key, out, accumulate);
+    fn dropout(&self, x: &Tensor, mask: &DropoutMask<'_>, out: &mut Tensor, accumulate: bool) {
+        elementwise::dropout(x, mask.probability, mask.key, out, accumulate);
     }
 
     fn uniform(&self, key: RandomKey, bound: f32, out: &mut Tensor) {

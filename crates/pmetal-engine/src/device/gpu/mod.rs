@@ -27,8 +27,9 @@ use launch::{Kernel, lanes};
 use runtime::{Argument, DeviceFacts};
 
 use super::{
-    AdamWControl, AdamWEntry, Arithmetic, AttentionMask, AttentionParameters, CrossEntropyParameters, Finish,
-    Fp8Kernels, GateActivation, Kernels, NormWeight, Operand, RopePairing, RopeRows, Sum, WeightGradient,
+    AdamWControl, AdamWEntry, Arithmetic, AttentionMask, AttentionParameters, CrossEntropyParameters,
+    DropoutMask, Finish, Fp8Kernels, GateActivation, Kernels, NormWeight, Operand, RopePairing, RopeRows,
+    Sum, WeightGradient,
 };
 use crate::error::Result;
 use crate::memory::Category;
@@ -375,7 +376,8 @@ impl Kernels for Gpu {
         self.move_rows(source, target, 1.0, false);
     }
 
-    fn dropout(&self, x: &Tensor, probability: f32, key: RandomKey, out: &mut Tensor, accumulate: bool) {
+    fn dropout(&self, x: &Tensor, mask: &DropoutMask<'_>, out: &mut Tensor, accumulate: bool) {
+        let DropoutMask { probability, key, steps_before } = *mask;
         let Ok(x) = x.contiguous() else {
             return self.runtime.fail("dropout", "no memory is left for a contiguous copy");
         };
@@ -387,7 +389,7 @@ impl Kernels for Gpu {
             .arguments(&[(&x).into(), out.into(), Argument::U64(elements as u64), Argument::U32(threshold)])
             .arguments(&[Argument::F32(1.0 / (1.0 - probability)), Argument::U32(key.seed as u32)])
             .arguments(&[Argument::U32((key.seed >> 32) as u32), Argument::U32(key.step)])
-            .arguments(&[Argument::U32(key.stream), Argument::U32(accumulate.into())])
+            .arguments(&[Argument::U32(key.stream), steps_before.into(), Argument::U32(accumulate.into())])
             .launch(self.runtime.as_ref(), [elements.div_ceil(1024), 1, 1], 256);
     }
 

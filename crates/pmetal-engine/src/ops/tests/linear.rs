@@ -1,4 +1,5 @@
 use super::*;
+use crate::device::DropoutMask;
 use crate::error::Error;
 use crate::ops::{self, Dropout, Linear, LinearOptions, Lora};
 use crate::reference;
@@ -32,7 +33,7 @@ struct Case {
 
 const LORA_SCALE: f32 = 0.75;
 const STREAM: u32 = 9;
-const SOURCE: Dropout = Dropout { seed: 11, step: 3 };
+const SOURCE: Dropout = Dropout { seed: 11, step: 3, steps_before: None };
 
 impl Case {
     fn new([tokens, width, features, rank]: [usize; 4], dtype: DType) -> Self {
@@ -72,7 +73,7 @@ impl Case {
             let ones = tensor(device, DType::F32, &shape, &vec![1.0; self.tokens * self.width]);
             let mut out = Tensor::scratch(device, Category::Workspace, DType::F32, &shape).unwrap();
             let key = RandomKey { seed: SOURCE.seed, step: SOURCE.step, stream: STREAM };
-            device.kernels().dropout(&ones, self.dropout, key, &mut out, false);
+            device.kernels().dropout(&ones, &DropoutMask::new(self.dropout, key), &mut out, false);
             wide(&out)
         })
     }
@@ -114,7 +115,7 @@ impl Case {
         let options = LinearOptions {
             residual: residual.as_ref(),
             scale: self.scale,
-            dropout: Some(SOURCE),
+            dropout: Some(&SOURCE),
             ..Default::default()
         };
         let y = ops::linear(&tape, &x, &layer, options).unwrap();
@@ -308,7 +309,7 @@ fn an_input_that_no_gradient_reads_is_not_kept() {
 fn mask_of(device: &Device, probability: f32, key: RandomKey, count: usize) -> Vec<f64> {
     let ones = tensor(device, DType::F32, &[count], &vec![1.0; count]);
     let mut out = Tensor::scratch(device, Category::Workspace, DType::F32, &[count]).unwrap();
-    device.kernels().dropout(&ones, probability, key, &mut out, false);
+    device.kernels().dropout(&ones, &DropoutMask::new(probability, key), &mut out, false);
     wide(&out)
 }
 
