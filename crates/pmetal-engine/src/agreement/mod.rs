@@ -115,20 +115,27 @@ fn groups() -> [Group; 11] {
 }
 
 /// What a computation is given on one device.
-struct Inputs<'a> {
-    device: &'a Device,
+pub(crate) struct Inputs<'a> {
+    pub(crate) device: &'a Device,
     /// Type of what is given and written.
-    dtype: DType,
+    pub(crate) dtype: DType,
     /// Type that holds every value exactly.
-    rounding: DType,
+    pub(crate) rounding: DType,
     /// Columns between rows.
-    padding: usize,
+    pub(crate) padding: usize,
     /// What lies there.
-    pads: RefCell<Vec<Tensor>>,
+    pub(crate) pads: RefCell<Vec<Tensor>>,
 }
 
 impl Inputs<'_> {
-    fn place(&self, dtype: DType, shape: &[usize], padding: usize, values: &[f32]) -> Result<Tensor> {
+    /// A tensor of a type with columns between its rows, from values.
+    pub(crate) fn place(
+        &self,
+        dtype: DType,
+        shape: &[usize],
+        padding: usize,
+        values: &[f32],
+    ) -> Result<Tensor> {
         let columns: usize = shape[1..].iter().product();
         let mut padded = Vec::new();
         for row in values.chunks(columns.max(1)) {

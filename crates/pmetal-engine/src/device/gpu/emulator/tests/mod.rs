@@ -10,10 +10,8 @@ mod sampler;
 
 use std::cell::RefCell;
 
-use half::{bf16, f16};
-
 use super::*;
-use crate::agreement::{numbers, round};
+use crate::agreement::{Inputs, numbers, round};
 use crate::memory::Category;
 use crate::testing::emulator as emulated;
 use crate::{DType, Device, Tensor};
@@ -33,31 +31,11 @@ struct Run<'a> {
 
 impl Run<'_> {
     fn place(&self, dtype: DType, shape: &[usize], padding: usize, values: &[f32]) -> Tensor {
-        let columns: usize = shape[1..].iter().product();
-        let mut padded = Vec::new();
-        for row in values.chunks(columns.max(1)) {
-            padded.extend_from_slice(row);
-            padded.extend(std::iter::repeat_n(f32::NAN, padding));
-        }
-        let whole = [shape[0], columns + padding];
-        let category = Category::Workspace;
-        let tensor = match dtype {
-            DType::Bf16 => {
-                let values: Vec<bf16> = padded.into_iter().map(bf16::from_f32).collect();
-                Tensor::from_slice(self.device, category, &whole, &values)
-            }
-            DType::F16 => {
-                let values: Vec<f16> = padded.into_iter().map(f16::from_f32).collect();
-                Tensor::from_slice(self.device, category, &whole, &values)
-            }
-            _ => Tensor::from_slice(self.device, category, &whole, &padded),
-        };
-        if padding == 0 {
-            return tensor.unwrap().reshape(shape).unwrap();
-        }
-        let mut parts = tensor.unwrap().split_columns(&[columns, padding]).unwrap();
-        self.pads.borrow_mut().push(parts.pop().unwrap());
-        parts.pop().unwrap().reshape(shape).unwrap()
+        let Self { device, dtype: own, rounding, .. } = *self;
+        let inputs = Inputs { device, dtype: own, rounding, padding, pads: RefCell::default() };
+        let tensor = inputs.place(dtype, shape, padding, values).unwrap();
+        self.pads.borrow_mut().append(&mut inputs.pads.borrow_mut());
+        tensor
     }
 
     /// Numbers of the run's type, with columns between the rows.

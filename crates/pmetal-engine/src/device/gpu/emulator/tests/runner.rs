@@ -1,5 +1,7 @@
 //! What the runner reports.
 
+use half::{bf16, f16};
+
 use super::*;
 
 static FAULTY: ModuleText = ModuleText {
