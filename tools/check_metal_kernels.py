@@ -89,6 +89,7 @@ MACROS = {
     "WEIGHT": TYPES,
     "ALIGNED": (0, 1),
     "SILU": (0, 1),
+    "CODES": (0, 1),
     "PAIRS_HALVES": (0, 1),
     "VECTORS": (1, 4),
     "ROWS": (1, 4),

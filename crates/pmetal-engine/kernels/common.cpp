@@ -33,6 +33,44 @@ DEVICE float group_max(POSITION float x, SHARED_POINTER(float) scratch) {
     return simd_max(x);
 }
 
+// Codes of e4m3, eight bits: sign, four bits of exponent, three of mantissa; see fp8.cpp.
+DEVICE uint portable_e4m3(float x) {
+    uint bits = as_bits(x), sign = bits >> 24 & 0x80, size = bits & 0x7fffffffu;
+    if (size > 0x7f800000u) return sign | 0x7f;
+    if (size >= 0x43e00000u) return sign | 0x7e;
+    // Below 2^-6 codes are multiples of 2^-9, which is the unit of numbers from 2^14 on.
+    if (size < 0x3c800000u) return sign | (as_bits(as_float(size) + 16384.0f) & 0xff);
+    return sign | (size + 0x7ffffu + (size >> 20 & 1) - 0x3c000000u) >> 20;
+}
+
+DEVICE uint e4m3_pair(float low, float high) {
+#ifdef NATIVE_E4M3_PAIR
+    return NATIVE_E4M3_PAIR(low, high);
+#else
+    return portable_e4m3(low) | portable_e4m3(high) << 8;
+#endif
+}
+
+// The factor of a row, whose scale is its inverse; sizes that f32 could not divide by count as zero.
+DEVICE float row_factor(float greatest) { return 448.0f / maximum(greatest, 1e-30f); }
+
+DEVICE float greatest_of(float greatest, Eight x) {
+    for (int j = 0; j < 8; ++j) greatest = maximum(greatest, magnitude(x.v[j]));
+    return greatest;
+}
+
+DEVICE Eight times_eight(Eight x, const GLOBAL float* factors) {
+    Eight f = load_eight(factors);
+    for (int j = 0; j < 8; ++j) x.v[j] *= f.v[j];
+    return x;
+}
+
+DEVICE void store_codes(Eight x, float factor, GLOBAL uchar* codes) {
+    ulong64 eight = 0;
+    for (int j = 0; j < 4; ++j) eight |= (ulong64)e4m3_pair(x.v[2 * j] * factor, x.v[2 * j + 1] * factor) << 16 * j;
+    *(GLOBAL ulong64*)codes = eight;
+}
+
 // Four words of Philox4x32-10 (Salmon et al., SC 2011): a number is a function of seed, step, stream and its index alone.
 DEVICE void philox(ulong64 block, uint seed_low, uint seed_high, uint step, uint stream, LOCAL uint* c) {
     uint k[2] = {seed_low, seed_high};

@@ -7,38 +7,13 @@
 //                  `weighted`: grid rows, group 32..1024. ALIGNED as for norms: a thread holds VECTORS times 8 elements.
 //                  Bytes: 3 an element of 16 bits.
 // transpose_codes  out [columns, rows] = the transpose of codes [rows, columns]; both sizes are multiples of 16.
-//                  Grid (ceil(columns / 64), ceil(rows / 64)), group 256. Bytes: 2 an element.
+//                  Grid (ceil(columns / 128), ceil(rows / 128)), group 256. Bytes: 2 an element.
 // finish_rows      out ELEMENT *= row scale * column scale when `scaled`; += bias f32 when `biased`; += an addend of out's
 //                  type and pitch when `added`: grid (rows, ceil(columns / 2048)), group 256.
 
-DEVICE uint portable_e4m3(float x) {
-    uint bits = as_bits(x), sign = bits >> 24 & 0x80, size = bits & 0x7fffffffu;
-    if (size > 0x7f800000u) return sign | 0x7f;
-    if (size >= 0x43e00000u) return sign | 0x7e;
-    // Below 2^-6 codes are multiples of 2^-9, which is the unit of numbers from 2^14 on.
-    if (size < 0x3c800000u) return sign | (as_bits(as_float(size) + 16384.0f) & 0xff);
-    return sign | (size + 0x7ffffu + (size >> 20 & 1) - 0x3c000000u) >> 20;
-}
-
-DEVICE uint e4m3_pair(float low, float high) {
-#ifdef NATIVE_E4M3_PAIR
-    return NATIVE_E4M3_PAIR(low, high);
-#else
-    return portable_e4m3(low) | portable_e4m3(high) << 8;
-#endif
-}
-
-// The factor of a row, whose scale is its inverse; sizes that f32 could not divide by count as zero.
-DEVICE float row_factor(float greatest) { return 448.0f / maximum(greatest, 1e-30f); }
-
 #if ALIGNED
 DEVICE Eight weighted_eight(Packed<SOURCE> x, const GLOBAL float* factors, bool weighted) {
-    Eight a = unpacked(x);
-    if (weighted) {
-        Eight f = load_eight(factors);
-        for (int j = 0; j < 8; ++j) a.v[j] *= f.v[j];
-    }
-    return a;
+    return weighted ? times_eight(unpacked(x), factors) : unpacked(x);
 }
 #endif
 
@@ -60,7 +35,7 @@ KERNEL(quantise_rows)(GIVEN_POSITION
         uint i = (n * THREADS + THREAD) * 8;
         if (i >= columns) continue;
         Eight all = weighted_eight(a[n], factors + i, weighted != 0);
-        for (int j = 0; j < 8; ++j) greatest = maximum(greatest, magnitude(all.v[j]));
+        greatest = greatest_of(greatest, all);
     }
 #else
     for (uint i = THREAD; i < columns; i += THREADS) {
@@ -74,11 +49,7 @@ KERNEL(quantise_rows)(GIVEN_POSITION
         uint i = (n * THREADS + THREAD) * 8;
         if (i >= columns) continue;
         Eight all = weighted_eight(a[n], factors + i, weighted != 0);
-        ulong64 eight = 0;
-        for (int j = 0; j < 4; ++j) {
-            eight |= (ulong64)e4m3_pair(all.v[2 * j] * factor, all.v[2 * j + 1] * factor) << 16 * j;
-        }
-        *(GLOBAL ulong64*)(codes + i) = eight;
+        store_codes(all, factor, codes + i);
     }
 #else
     for (uint i = THREAD; i < columns; i += THREADS) {
@@ -87,31 +58,47 @@ KERNEL(quantise_rows)(GIVEN_POSITION
 #endif
 }
 
-// Codes of 64 rows by words of four; a row of the tile is padded so that a column is in different banks.
+// Byte k of four words, as one word for each k.
+DEVICE void turn_four(LOCAL uint* w) {
+    uint mask = 0x00ff00ffu;
+    uint low0 = (w[0] & mask) | (w[1] & mask) << 8, low1 = (w[0] >> 8 & mask) | (w[1] & ~mask);
+    uint high0 = (w[2] & mask) | (w[3] & mask) << 8, high1 = (w[2] >> 8 & mask) | (w[3] & ~mask);
+    w[0] = (low0 & 0xffffu) | high0 << 16;
+    w[1] = (low1 & 0xffffu) | high1 << 16;
+    w[2] = low0 >> 16 | (high0 & 0xffff0000u);
+    w[3] = low1 >> 16 | (high1 & 0xffff0000u);
+}
+
+// A tile of 128 x 128 codes in words of four; word w of row r lies at w ^ (r / 16 * 4), so that threads that read the
+// same word of rows 16 apart are in different banks.
 KERNEL(transpose_codes)(GIVEN_POSITION
     const GLOBAL uchar* codes, GLOBAL uchar* out, SCALAR(uint, rows), SCALAR(uint, columns)) {
-    SHARED uint tile[64 * 17];
-    uint first_row = GROUP_Y * 64, first_column = GROUP_X * 64;
-    uint word = THREAD % 16;
-    for (uint r = THREAD / 16; r < 64; r += THREADS / 16) {
-        uint row = first_row + r, column = first_column + word * 4;
-        if (row < rows && column < columns) {
-            tile[r * 17 + word] = *(const GLOBAL uint*)(codes + (ulong64)row * columns + column);
-        }
+    SHARED uint tile[128 * 32];
+    uint first_row = GROUP_Y * 128, first_column = GROUP_X * 128;
+    Sixteen in[4];
+    UNROLL for (uint n = 0; n < 4; ++n) {
+        uint row = first_row + n * 32 + THREAD / 8, column = first_column + THREAD % 8 * 16;
+        if (row < rows && column < columns) in[n] = load_sixteen(codes + (ulong64)row * columns + column);
+    }
+    UNROLL for (uint n = 0; n < 4; ++n) {
+        uint r = n * 32 + THREAD / 8;
+        if (first_row + r >= rows || first_column + THREAD % 8 * 16 >= columns) continue;
+        uint start = r * 32 + ((THREAD % 8 * 4) ^ (r / 16 * 4));
+        UNROLL for (uint j = 0; j < 4; ++j) tile[start + j] = in[n].words[j];
     }
     BARRIER();
-    for (uint block = THREAD / 16; block < 16; block += THREADS / 16) {
-        // Four rows of the result from a block of four by four codes.
-        uint column = first_column + block * 4, row = first_row + word * 4;
-        if (row >= rows || column >= columns) continue;
-        uint in[4];
-        for (uint j = 0; j < 4; ++j) in[j] = tile[(word * 4 + j) * 17 + block];
-        for (uint k = 0; k < 4; ++k) {
-            uint turned = 0;
-            for (uint j = 0; j < 4; ++j) turned |= (in[j] >> 8 * k & 0xff) << 8 * j;
-            *(GLOBAL uint*)(out + (ulong64)(column + k) * rows + row) = turned;
-        }
+    // Four columns of sixteen rows: four rows of the result by 16 bytes.
+    uint part = THREAD % 8, word = THREAD / 8;
+    uint row = first_row + part * 16, column = first_column + word * 4;
+    if (row >= rows || column >= columns) return;
+    Sixteen turned[4];
+    UNROLL for (uint block = 0; block < 4; ++block) {
+        uint w[4];
+        UNROLL for (uint j = 0; j < 4; ++j) w[j] = tile[(part * 16 + block * 4 + j) * 32 + (word ^ (part * 4))];
+        turn_four(w);
+        UNROLL for (uint k = 0; k < 4; ++k) turned[k].words[block] = w[k];
     }
+    UNROLL for (uint k = 0; k < 4; ++k) store_sixteen(turned[k], out + (ulong64)(column + k) * rows + row);
 }
 
 KERNEL(finish_rows)(GIVEN_POSITION

@@ -6,7 +6,8 @@
 // Bytes: forward 2 rows, backward 3 (4 when it accumulates). ALIGNED: width, pitches and addresses are multiples of 8
 // elements and 16 bytes; a thread then holds VECTORS times 8 elements of its row, so that each is read once.
 //
-// rms_norm           grid rows, group 32..1024 threads
+// rms_norm           grid rows, group 32..1024 threads; with CODES (and ALIGNED, inner = 1) the result is also rounded, as
+//                    quantise_rows of fp8.cpp does: codes [rows, width] and scales [rows]; one more byte an element
 // rms_norm_backward  the same; d_x is overwritten, or added to when `accumulate`
 // rms_scales         grid rows: 1 / rms of each row to f32 scales [rows]
 // norm_weight_sums   grid (ceil(width / 128), parts), group 128: partial sums of d_out * x * scale to f32 [parts, width]
@@ -17,7 +18,11 @@ DEVICE uint row_start(uint row, uint inner, uint pitch, uint width) {
 
 KERNEL(rms_norm)(GIVEN_POSITION
     const GLOBAL ELEMENT* x, const GLOBAL WEIGHT* weight, GLOBAL ELEMENT* out, SCALAR(uint, width), SCALAR(uint, inner),
-    SCALAR(uint, pitch), SCALAR(uint, out_pitch), SCALAR(float, epsilon), SCALAR(float, shift), SCALAR(uint, weighted)) {
+    SCALAR(uint, pitch), SCALAR(uint, out_pitch), SCALAR(float, epsilon), SCALAR(float, shift), SCALAR(uint, weighted)
+#if CODES
+    , GLOBAL uchar* codes, GLOBAL float* scales
+#endif
+    ) {
     SHARED float scratch[32];
     x += row_start(GROUP_X, inner, pitch, width);
     out += row_start(GROUP_X, inner, out_pitch, width);
@@ -48,6 +53,21 @@ KERNEL(rms_norm)(GIVEN_POSITION
         }
         store_eight(a[n], out + i);
     }
+#if CODES
+    float greatest = 0.0f;
+    UNROLL for (uint n = 0; n < VECTORS; ++n) {
+        if ((n * THREADS + THREAD) * 8 >= width) continue;
+        a[n] = unpacked(packed<ELEMENT>(a[n]));
+        greatest = greatest_of(greatest, a[n]);
+    }
+    BARRIER();
+    float factor = row_factor(group_max(HERE greatest, scratch));
+    if (THREAD == 0) scales[GROUP_X] = 1.0f / factor;
+    UNROLL for (uint n = 0; n < VECTORS; ++n) {
+        uint i = (n * THREADS + THREAD) * 8;
+        if (i < width) store_codes(a[n], factor, codes + (ulong64)GROUP_X * width + i);
+    }
+#endif
 #else
     for (uint i = THREAD; i < width; i += THREADS) {
         float factor = weighted ? widen(weight[i]) + shift : 1.0f;
@@ -58,12 +78,13 @@ KERNEL(rms_norm)(GIVEN_POSITION
 
 KERNEL(rms_norm_backward)(GIVEN_POSITION
     const GLOBAL ELEMENT* x, const GLOBAL WEIGHT* weight, const GLOBAL ELEMENT* d_out, GLOBAL ELEMENT* d_x,
-    SCALAR(uint, width), SCALAR(uint, inner), SCALAR(uint, pitch), SCALAR(uint, out_pitch), SCALAR(uint, d_pitch),
-    SCALAR(float, epsilon), SCALAR(float, shift), SCALAR(uint, weighted), SCALAR(uint, accumulate)) {
+    const GLOBAL ELEMENT* held, SCALAR(uint, width), SCALAR(uint, inner), SCALAR(uint, pitch), SCALAR(uint, out_pitch),
+    SCALAR(uint, d_pitch), SCALAR(uint, held_pitch), SCALAR(float, epsilon), SCALAR(float, shift), SCALAR(uint, weighted), SCALAR(uint, accumulate)) {
     SHARED float scratch[32];
     x += row_start(GROUP_X, inner, pitch, width);
     d_out += row_start(GROUP_X, inner, out_pitch, width);
     d_x += row_start(GROUP_X, inner, d_pitch, width);
+    held += row_start(GROUP_X, inner, held_pitch, width);
     float squares = 0.0f, product = 0.0f;
 #if ALIGNED
     Eight a[VECTORS], d[VECTORS];
@@ -102,8 +123,8 @@ KERNEL(rms_norm_backward)(GIVEN_POSITION
         if (i >= width) continue;
         for (int j = 0; j < 8; ++j) a[n].v[j] = d[n].v[j] * scale - a[n].v[j] * back;
         if (accumulate) {
-            Eight held = load_eight(d_x + i);
-            for (int j = 0; j < 8; ++j) a[n].v[j] += held.v[j];
+            Eight sum = load_eight(held + i);
+            for (int j = 0; j < 8; ++j) a[n].v[j] += sum.v[j];
         }
         store_eight(a[n], d_x + i);
     }
@@ -111,7 +132,7 @@ KERNEL(rms_norm_backward)(GIVEN_POSITION
     for (uint i = THREAD; i < width; i += THREADS) {
         float factor = weighted ? widen(weight[i]) + shift : 1.0f;
         float value = widen(d_out[i]) * factor * scale - widen(x[i]) * back;
-        narrow(accumulate ? value + widen(d_x[i]) : value, d_x + i);
+        narrow(accumulate ? value + widen(held[i]) : value, d_x + i);
     }
 #endif
 }

@@ -11,7 +11,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use crate::aside::{Aside, Kept};
-use crate::device::WeightGradient;
+use crate::device::{GradientCodes, Held, ScaledRows, WeightGradient};
 use crate::error::{Error, Result};
 use crate::memory::Category;
 use crate::{DType, Device, Parameter, Tensor};
@@ -53,6 +53,8 @@ pub struct Var {
     tensor: Tensor,
     slot: Option<usize>,
     recipe: Option<Rc<Recipe>>,
+    /// The value in eight bits, where whoever computed it was asked to round it as well.
+    codes: Option<ScaledRows>,
 }
 
 /// How to compute a value again from values that are kept anyway, instead of keeping it.
@@ -107,7 +109,7 @@ impl Var {
 
     /// A value that needs no gradient.
     pub fn constant(tensor: Tensor) -> Self {
-        Self { tensor, slot: None, recipe: None }
+        Self { tensor, slot: None, recipe: None, codes: None }
     }
 
     /// The same value under another shape.
@@ -115,12 +117,21 @@ impl Var {
     /// # Errors
     /// [`crate::Error::Shape`] when the number of elements differs.
     pub fn reshape(self, shape: &[usize]) -> Result<Self> {
-        Ok(Self { tensor: self.tensor.reshape(shape)?, recipe: None, ..self })
+        Ok(Self { tensor: self.tensor.reshape(shape)?, recipe: None, codes: None, ..self })
     }
 
     /// Forgets how the value can be computed again, for users that overwrite it in place.
     pub fn detached_recipe(self) -> Self {
-        Self { recipe: None, ..self }
+        Self { recipe: None, codes: None, ..self }
+    }
+
+    /// The same value, with what it is in eight bits.
+    pub(crate) fn with_codes(self, codes: Option<ScaledRows>) -> Self {
+        Self { codes, ..self }
+    }
+
+    pub(crate) fn codes(&self) -> Option<&ScaledRows> {
+        self.codes.as_ref()
     }
 
     /// What a backward pass should keep of this value.
@@ -134,8 +145,16 @@ impl Var {
 
 /// Gradients of activations during a backward pass.
 pub struct Gradients {
-    slots: Vec<Option<Tensor>>,
+    slots: Vec<Option<Arrived>>,
     pending: Vec<Pending>,
+}
+
+/// A gradient in its slot.
+#[derive(Clone)]
+struct Arrived {
+    gradient: Tensor,
+    /// What it is in eight bits; lost when something is added to it.
+    codes: Option<GradientCodes>,
 }
 
 /// A gradient of a weight that is still to be computed, see [`WeightGradient`].
@@ -158,7 +177,8 @@ impl Gradients {
     }
 
     /// Adds `scale * left^T right` to a parameter's gradient, now or together with others before the backward pass ends.
-    /// Who is going to overwrite either matrix calls [`Self::finish_weights`] first, who is not [`Self::settle_weights`].
+    /// Whoever is done calls [`Self::settle_weights`]. Slots may hold either matrix, as nothing here overwrites what is
+    /// still to be read; who overwrites one elsewhere calls [`Self::finish_weights`] first.
     ///
     /// # Errors
     /// What the product returns.
@@ -214,7 +234,30 @@ impl Gradients {
 
     /// Takes the gradient that has arrived in a slot.
     pub fn take(&mut self, slot: usize) -> Option<Tensor> {
-        self.slots.get_mut(slot).and_then(Option::take)
+        self.take_with_codes(slot).map(|arrived| arrived.0)
+    }
+
+    /// [`Self::take`], with what the gradient is in eight bits where that is known.
+    pub(crate) fn take_with_codes(&mut self, slot: usize) -> Option<(Tensor, Option<GradientCodes>)> {
+        let arrived = self.slots.get_mut(slot).and_then(Option::take)?;
+        Some((arrived.gradient, arrived.codes))
+    }
+
+    /// [`Self::add`] of a gradient of which it is known what it is in eight bits.
+    ///
+    /// # Errors
+    /// As [`Self::add`].
+    pub(crate) fn add_with_codes(
+        &mut self,
+        slot: usize,
+        gradient: Tensor,
+        codes: Option<GradientCodes>,
+    ) -> Result<()> {
+        if self.slots[slot].is_some() {
+            return self.add(slot, gradient);
+        }
+        self.slots[slot] = Some(Arrived { gradient, codes });
+        Ok(())
     }
 
     /// Adds a finished gradient to a slot.
@@ -222,9 +265,12 @@ impl Gradients {
     /// # Errors
     /// Out of memory when the slot's tensor is shared and must be copied first.
     pub fn add(&mut self, slot: usize, gradient: Tensor) -> Result<()> {
-        let sum = match self.slots[slot].take() {
+        let sum = match self.take(slot) {
             None => gradient,
             Some(held) => {
+                if self.is_pending(&held) || self.is_pending(&gradient) {
+                    self.finish_weights()?;
+                }
                 // Write into whichever of the two nobody else reads.
                 let (mut target, source) = if held.is_unique() || !gradient.is_unique() {
                     (held.into_unique()?, gradient)
@@ -236,7 +282,7 @@ impl Gradients {
                 target
             }
         };
-        self.slots[slot] = Some(sum);
+        self.slots[slot] = Some(Arrived { gradient: sum, codes: None });
         Ok(())
     }
 
@@ -251,22 +297,62 @@ impl Gradients {
         (like, shape, spare): (&Tensor, &[usize], usize),
         write: impl FnOnce(&mut Tensor, bool) -> Result<()>,
     ) -> Result<()> {
-        let (mut target, accumulate) = match self.slots[slot].take() {
-            Some(held) => (held.into_unique()?.reshape(shape)?, true),
-            None => {
-                let (device, dtype, category) = (like.device(), like.dtype(), Category::Activations);
-                let fresh = match (shape, spare) {
-                    (&[rows, width], 1..) if !like.is_host() => {
-                        Tensor::scratch_with_spare(device, category, dtype, [rows, width], spare)?
-                    }
-                    _ => Tensor::scratch(device, category, dtype, shape)?,
-                };
-                (fresh, false)
+        let (mut target, accumulate) = match self.take(slot) {
+            Some(held) => {
+                if self.is_pending(&held) {
+                    self.finish_weights()?;
+                }
+                (held.into_unique()?.reshape(shape)?, true)
             }
+            None => (fresh_gradient(like, shape, spare)?, false),
         };
         write(&mut target, accumulate)?;
-        self.slots[slot] = Some(target);
+        self.slots[slot] = Some(Arrived { gradient: target, codes: None });
         Ok(())
+    }
+
+    /// [`Self::add_with`] for an operation that can put the sum elsewhere: gradients of weights that are still to be
+    /// computed from what the slot holds need not be computed for its sake.
+    ///
+    /// # Errors
+    /// As [`Self::add_with`].
+    pub(crate) fn add_onto(
+        &mut self,
+        slot: usize,
+        (like, shape, spare): (&Tensor, &[usize], usize),
+        write: impl FnOnce(&mut Tensor, Held<'_>) -> Result<()>,
+    ) -> Result<()> {
+        match self.slots[slot].take() {
+            Some(held) if self.is_pending(&held.gradient) => {
+                let mut sum = fresh_gradient(like, shape, spare)?;
+                write(&mut sum, Held::Other(&held.gradient.reshape(shape)?))?;
+                self.slots[slot] = Some(Arrived { gradient: sum, codes: None });
+                Ok(())
+            }
+            other => {
+                self.slots[slot] = other;
+                self.add_with(slot, (like, shape, spare), |target, accumulate| {
+                    write(target, if accumulate { Held::Itself } else { Held::Nothing })
+                })
+            }
+        }
+    }
+
+    /// Whether a gradient of a weight is still to be computed from this memory. Counting handles does not tell, as blocks
+    /// of columns have their own.
+    fn is_pending(&self, tensor: &Tensor) -> bool {
+        let reads = |read: &Tensor| read.shares_memory(tensor);
+        self.pending.iter().any(|pending| reads(&pending.left) || reads(&pending.right))
+    }
+}
+
+fn fresh_gradient(like: &Tensor, shape: &[usize], spare: usize) -> Result<Tensor> {
+    let (device, dtype, category) = (like.device(), like.dtype(), Category::Activations);
+    match shape {
+        &[rows, width] if spare > 0 && !like.is_host() => {
+            Tensor::scratch_with_spare(device, category, dtype, [rows, width], spare)
+        }
+        _ => Tensor::scratch(device, category, dtype, shape),
     }
 }
 
@@ -305,7 +391,7 @@ impl Tape {
     /// Marks a value as one whose gradient is wanted.
     pub fn leaf(&self, tensor: Tensor) -> Var {
         let slot = self.record.as_ref().map(|record| record.borrow_mut().new_slot());
-        Var { tensor, slot, recipe: None }
+        Var { tensor, slot, recipe: None, codes: None }
     }
 
     /// Wraps an operation's output. `wanted` says whether any input has a slot or anything is trained;
@@ -317,7 +403,7 @@ impl Tape {
             record.nodes.push(backward(slot));
             slot
         });
-        Var { tensor, slot, recipe: None }
+        Var { tensor, slot, recipe: None, codes: None }
     }
 
     /// [`Self::push`] of an operation with several outputs.
@@ -334,8 +420,12 @@ impl Tape {
             record.nodes.push(node);
             slots
         });
-        let var =
-            |(index, tensor)| Var { tensor, slot: slots.as_ref().map(|slots| slots[index]), recipe: None };
+        let var = |(index, tensor)| Var {
+            tensor,
+            slot: slots.as_ref().map(|slots| slots[index]),
+            recipe: None,
+            codes: None,
+        };
         tensors.into_iter().enumerate().map(var).collect()
     }
 
@@ -388,13 +478,22 @@ impl Tape {
     }
 
     fn run_backward(&self, root: Option<usize>, gradient: Tensor) -> Result<Gradients> {
-        let record = self.record.as_ref().map(RefCell::take).unwrap_or_default();
-        let mut gradients = Gradients::new(record.slots);
+        let mut gradients = self.no_gradients();
         match root {
-            Some(slot) => gradients.slots[slot] = Some(gradient),
+            Some(slot) => gradients.slots[slot] = Some(Arrived { gradient, codes: None }),
             None => drop(gradient),
         }
-        let mut nodes = record.nodes;
+        self.run_nodes(gradients)
+    }
+
+    /// Slots for the gradients of all that was recorded so far.
+    pub(crate) fn no_gradients(&self) -> Gradients {
+        Gradients::new(self.record.as_ref().map_or(0, |record| record.borrow().slots))
+    }
+
+    /// The backward pass from gradients that have arrived.
+    pub(crate) fn run_nodes(&self, mut gradients: Gradients) -> Result<Gradients> {
+        let mut nodes = self.record.as_ref().map(RefCell::take).unwrap_or_default().nodes;
         while let Some(node) = nodes.pop() {
             node(&mut gradients)?;
         }

@@ -99,6 +99,29 @@ template <typename T> DEVICE Eight unpacked(Packed<T> x) { return widen_eight<T>
 template <> DEVICE Eight unpacked(Packed<f32> x) {
     return {{x.low.x, x.low.y, x.low.z, x.low.w, x.high.x, x.high.y, x.high.z, x.high.w}};
 }
+template <typename T> DEVICE uint two_narrow(float low, float high) {
+    T a, b;
+    narrow(low, &a);
+    narrow(high, &b);
+    return (uint)a.bits | ((uint)b.bits << 16);
+}
+template <typename T> DEVICE Packed<T> packed(Eight x) {
+    return {make_uint4(
+        two_narrow<T>(x.v[0], x.v[1]), two_narrow<T>(x.v[2], x.v[3]), two_narrow<T>(x.v[4], x.v[5]),
+        two_narrow<T>(x.v[6], x.v[7]))};
+}
+template <> DEVICE Packed<f32> packed<f32>(Eight x) {
+    return {make_float4(x.v[0], x.v[1], x.v[2], x.v[3]), make_float4(x.v[4], x.v[5], x.v[6], x.v[7])};
+}
+// Sixteen bytes at an address that 16 divides.
+struct Sixteen { uint words[4]; };
+DEVICE Sixteen load_sixteen(const uchar* p) {
+    uint4 raw = *(const uint4*)p;
+    return {{raw.x, raw.y, raw.z, raw.w}};
+}
+DEVICE void store_sixteen(Sixteen x, uchar* p) {
+    *(uint4*)p = make_uint4(x.words[0], x.words[1], x.words[2], x.words[3]);
+}
 DEVICE void store_eight(Eight x, f32* p) {
     *(float4*)p = make_float4(x.v[0], x.v[1], x.v[2], x.v[3]);
     *(float4*)(p + 4) = make_float4(x.v[4], x.v[5], x.v[6], x.v[7]);

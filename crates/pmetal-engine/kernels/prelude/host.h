@@ -119,6 +119,23 @@ template <typename T> DEVICE Eight unpacked(Packed<T> x) {
     for (int i = 0; i < 8; ++i) out.v[i] = widen(x.v[i]);
     return out;
 }
+template <typename T> DEVICE Packed<T> packed(Eight x) {
+    Packed<T> out;
+    for (int i = 0; i < 8; ++i) narrow(x.v[i], out.v + i);
+    return out;
+}
+// Sixteen bytes at an address that 16 divides.
+struct Sixteen { uint words[4]; };
+DEVICE Sixteen load_sixteen(const uchar* p) {
+    check_alignment(p);
+    Sixteen out;
+    memcpy(out.words, p, sizeof out.words);
+    return out;
+}
+DEVICE void store_sixteen(Sixteen x, uchar* p) {
+    check_alignment(p);
+    memcpy(p, x.words, sizeof x.words);
+}
 template <typename T> DEVICE void store_eight(Eight x, T* p) {
     check_alignment(p);
     for (int i = 0; i < 8; ++i) narrow(x.v[i], p + i);

@@ -100,6 +100,24 @@ template <typename T> DEVICE void store_eight_narrow(Eight x, GLOBAL T* p) {
         two_bits_of(x.v[0], x.v[1], type), two_bits_of(x.v[2], x.v[3], type), two_bits_of(x.v[4], x.v[5], type),
         two_bits_of(x.v[6], x.v[7], type));
 }
+template <typename T> DEVICE Packed<T> packed(Eight x) {
+    T type = T();
+    return {uint4(
+        two_bits_of(x.v[0], x.v[1], type), two_bits_of(x.v[2], x.v[3], type), two_bits_of(x.v[4], x.v[5], type),
+        two_bits_of(x.v[6], x.v[7], type))};
+}
+template <> DEVICE Packed<f32> packed<f32>(Eight x) {
+    return {float4(x.v[0], x.v[1], x.v[2], x.v[3]), float4(x.v[4], x.v[5], x.v[6], x.v[7])};
+}
+// Sixteen bytes at an address that 16 divides.
+struct Sixteen { uint words[4]; };
+DEVICE Sixteen load_sixteen(const GLOBAL uchar* p) {
+    uint4 raw = *(const GLOBAL uint4*)p;
+    return {{raw.x, raw.y, raw.z, raw.w}};
+}
+DEVICE void store_sixteen(Sixteen x, GLOBAL uchar* p) {
+    *(GLOBAL uint4*)p = uint4(x.words[0], x.words[1], x.words[2], x.words[3]);
+}
 DEVICE void store_eight(Eight x, GLOBAL bf16* p) { store_eight_narrow(x, p); }
 DEVICE void store_eight(Eight x, GLOBAL f16* p) { store_eight_narrow(x, p); }
 

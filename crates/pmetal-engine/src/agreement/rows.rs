@@ -1,7 +1,7 @@
 //! Kernels that work on rows.
 
 use super::Inputs;
-use crate::device::{DropoutMask, GateActivation, NormWeight, RopePairing, RopeRows};
+use crate::device::{DropoutMask, GateActivation, Held, NormWeight, RopePairing, RopeRows};
 use crate::error::Result;
 use crate::memory::Category;
 use crate::random::RandomKey;
@@ -19,11 +19,14 @@ pub(super) fn norm(inputs: &Inputs<'_>, shape: &[usize], kind: Option<NormWeight
     let (mut out, mut d_x, mut added) =
         (inputs.empty(shape)?, inputs.empty(shape)?, inputs.tensor(4, shape)?);
     kernels.rms_norm(&x, weight, kind, 1e-2, &mut out);
-    kernels.rms_norm_backward(&x, weight, kind, 1e-2, &d_out, Some((&mut d_x, false)), None);
+    kernels.rms_norm_backward(&x, weight, kind, 1e-2, &d_out, Some((&mut d_x, Held::Nothing)), None);
     let mut d_weight = inputs.floats(5, &[width])?;
     let own = weight.map(|_| &mut d_weight);
-    kernels.rms_norm_backward(&x, weight, kind, 1e-2, &d_out, Some((&mut added, true)), own);
-    Ok(vec![out, d_x, added, d_weight])
+    kernels.rms_norm_backward(&x, weight, kind, 1e-2, &d_out, Some((&mut added, Held::Itself)), own);
+    let (held, mut apart) = (inputs.tensor(6, shape)?, inputs.empty(shape)?);
+    let sum = Some((&mut apart, Held::Other(&held)));
+    kernels.rms_norm_backward(&x, weight, kind, 1e-2, &d_out, sum, None);
+    Ok(vec![out, d_x, added, apart, d_weight])
 }
 
 /// Rotations forth and back.

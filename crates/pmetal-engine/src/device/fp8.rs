@@ -1,5 +1,6 @@
 //! Products of weights of eight bits.
 
+use super::{Finish, GateActivation, NormWeight};
 use crate::Tensor;
 use crate::error::Result;
 
@@ -21,6 +22,17 @@ pub struct ScaledRows {
     pub codes: Tensor,
     /// f32 \[N\].
     pub scales: Tensor,
+}
+
+/// The codes of a gradient that lies in several tensors side by side, as each of these carries them.
+#[derive(Clone)]
+pub(crate) struct GradientCodes {
+    /// Of all columns, times `factors`.
+    pub(crate) rows: ScaledRows,
+    /// What the columns were multiplied with before they were rounded.
+    pub(crate) factors: Tensor,
+    /// The first column of the tensor that carries this.
+    pub(crate) first: usize,
 }
 
 /// Kernels for matrices of e4m3.
@@ -46,7 +58,10 @@ pub trait Fp8Kernels {
     /// Out of memory.
     fn transpose_codes(&self, codes: &Tensor) -> Result<Tensor>;
 
-    /// `out = left right^T`, plus a bias f32 \[N\] and an addend of out's type and pitch.
+    /// Whether [`Self::multiply`] adds to what is there, or a residual, on its way out, with no second pass over the result.
+    fn adds_in_product(&self) -> bool;
+
+    /// `out = left right^T`, finished as said; with no factor.
     ///
     /// # Errors
     /// [`crate::Error::Unsupported`] where the driver's library has no kernel for the sizes.
@@ -55,7 +70,46 @@ pub trait Fp8Kernels {
         left: &ScaledRows,
         right: &ScaledRows,
         out: &mut Tensor,
-        bias: Option<&Tensor>,
-        addend: Option<&Tensor>,
+        finish: &Finish<'_>,
     ) -> Result<()>;
+
+    /// [`super::Kernels::rms_norm`] and what [`Self::quantise_rows`] makes of its result, in one pass; `None`, with
+    /// nothing done, for rows that the kernel does not hold.
+    ///
+    /// # Errors
+    /// Out of memory.
+    fn rms_norm_rounded(
+        &self,
+        x: &Tensor,
+        weight: Option<&Tensor>,
+        kind: NormWeight,
+        epsilon: f32,
+        out: &mut Tensor,
+    ) -> Result<Option<ScaledRows>>;
+
+    /// [`super::Kernels::gated`] and what [`Self::quantise_rows`] makes of its result, likewise.
+    ///
+    /// # Errors
+    /// Out of memory.
+    fn gated_rounded(
+        &self,
+        activation: GateActivation,
+        gate: &Tensor,
+        up: &Tensor,
+        out: &mut Tensor,
+    ) -> Result<Option<ScaledRows>>;
+
+    /// [`super::Kernels::gated_backward_in_place`] and what [`Self::quantise_rows`] makes, with `factors`, of the two
+    /// gradients side by side, likewise.
+    ///
+    /// # Errors
+    /// Out of memory.
+    fn gated_backward_rounded(
+        &self,
+        activation: GateActivation,
+        gate: &mut Tensor,
+        up: &mut Tensor,
+        d_out: &Tensor,
+        factors: &Tensor,
+    ) -> Result<Option<ScaledRows>>;
 }

@@ -16,8 +16,8 @@ use crate::tensor::{Memory, Tensor};
 
 pub use cpu::attention::{AttentionParameters, Segment};
 pub use cpu::gemm::{Arithmetic, SimdLevel};
-pub(crate) use fp8::e4m3_value;
 pub use fp8::{Fp8Kernels, ScaledRows};
+pub(crate) use fp8::{GradientCodes, e4m3_value};
 pub use gpu::cuda::{CudaDevice, CudaLibrary, cuda_devices, cuda_libraries};
 pub use mask::AttentionMask;
 
@@ -302,6 +302,17 @@ pub struct WeightGradient<'a> {
     pub scale: f32,
 }
 
+/// What a result is added to.
+#[derive(Debug, Clone, Copy)]
+pub enum Held<'a> {
+    /// Nothing: it replaces what was there.
+    Nothing,
+    /// What is there already.
+    Itself,
+    /// Another tensor of its size, which stays as it is.
+    Other(&'a Tensor),
+}
+
 /// How RMSNorm uses its weight.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum NormWeight {
@@ -534,7 +545,7 @@ pub trait Kernels: Send + Sync {
     /// Root mean square normalisation over the last dimension (Zhang and Sennrich, arXiv 1910.07467).
     fn rms_norm(&self, x: &Tensor, weight: Option<&Tensor>, kind: NormWeight, epsilon: f32, out: &mut Tensor);
 
-    /// Gradient of [`Self::rms_norm`]: `d_x` is added to what it holds when `accumulate`; `d_weight` (f32) always.
+    /// Gradient of [`Self::rms_norm`]: `d_x` becomes it plus what [`Held`] says; it is added to `d_weight` (f32).
     #[allow(clippy::too_many_arguments)]
     fn rms_norm_backward(
         &self,
@@ -543,7 +554,7 @@ pub trait Kernels: Send + Sync {
         kind: NormWeight,
         epsilon: f32,
         d_out: &Tensor,
-        d_x: Option<(&mut Tensor, bool)>,
+        d_x: Option<(&mut Tensor, Held<'_>)>,
         d_weight: Option<&mut Tensor>,
     );
 

@@ -267,8 +267,7 @@ impl Node {
             self.input_gradient(gradients, slot, &d_out, d_reduced.as_ref(), arithmetic)?;
         }
         let Some(slot) = self.residual_slot else { return gradients.settle_weights() };
-        // It is added to in place further on.
-        gradients.finish_weights()?;
+        gradients.settle_weights()?;
         gradients.add(slot, d_out)
     }
 

@@ -2,7 +2,7 @@
 
 mod fp8;
 
-use crate::device::{Finish, Operand};
+use crate::device::{Finish, GradientCodes, Operand, ScaledRows};
 use crate::error::Result;
 use crate::memory::Category;
 use crate::ops::linear::{check_residual, linear, token_count};
@@ -63,6 +63,11 @@ impl LinearGroup {
     pub fn layers_mut(&mut self) -> &mut [Linear] {
         self.packed = None;
         &mut self.layers
+    }
+
+    /// Whether the backward pass adds to gradients of adapters.
+    fn trains(&self) -> bool {
+        self.layers.iter().filter_map(|layer| layer.lora.as_ref()).any(Lora::is_trained)
     }
 
     /// Columns that the group's input should have to spare; see [`Tensor::scratch_with_spare`].
@@ -173,30 +178,19 @@ pub fn linear_group(
     let residual = check_residual(&options, &input, features)?;
     let scratch =
         |columns| Tensor::scratch(&device, Category::Activations, input.dtype(), &[tokens, columns]);
-    let reduced = match &packed.a {
-        Some(a) => {
-            let mut reduced = scratch(a.rows())?;
-            let product = (Operand::plain(&input), Operand::transposed(a));
-            kernels.matmul(&[product], &mut reduced, &Finish::scaled(packed.scale), arithmetic)?;
-            Some(reduced)
-        }
-        None => None,
-    };
+    let Reduced { reduced, wide_input } = reduce(tape, x, group, packed, &input)?;
     if let Some(residual) = residual.filter(|_| options.ends_block && tape.is_again()) {
         return record(tape, x, group, packed, options, (residual.clone(), reduced));
     }
     let mut out = scratch(features)?;
     if let Some(quantised) = &packed.quantised {
-        packed.forward_fp8(quantised, &input, reduced.as_ref(), residual, &mut out)?;
+        let input = (&input, x.codes());
+        packed.forward_fp8(quantised, input, reduced.as_ref(), residual, &mut out)?;
         return record(tape, x, group, packed, options, (out, reduced));
     }
     let finish = Finish { bias: packed.bias.as_ref(), residual, ..Finish::STORE };
-    match (&reduced, input.spare_columns()) {
-        // Few rows are done in one launch either way.
-        (Some(reduced), Some((mut spare, wide_input)))
-            if tokens > FEW_TOKENS && spare.columns() == reduced.columns() =>
-        {
-            kernels.convert(reduced, &mut spare);
+    match (&reduced, wide_input) {
+        (Some(_), Some(wide_input)) => {
             let product = (Operand::plain(&wide_input), Operand::transposed(&packed.wide));
             kernels.matmul(&[product], &mut out, &finish, arithmetic)?;
         }
@@ -216,6 +210,44 @@ pub fn linear_group(
     record(tape, x, group, packed, options, (out, reduced))
 }
 
+/// What the adapters of a group make of its input.
+struct Reduced {
+    /// s x A^T \[T, S\]; `None` without adapters.
+    reduced: Option<Tensor>,
+    /// `[x | s x A^T]`, where rows of x have room for it.
+    wide_input: Option<Tensor>,
+}
+
+/// Multiplies the input by all A, into the columns that it has to spare if it has them. There the result stays where the
+/// input is kept for the backward pass anyway; else it is copied, because a norm that is computed again has none.
+fn reduce(tape: &Tape, x: &Var, group: &LinearGroup, packed: &Packed, input: &Tensor) -> Result<Reduced> {
+    let Some(a) = &packed.a else { return Ok(Reduced { reduced: None, wide_input: None }) };
+    let (device, arithmetic) = (input.device().clone(), arithmetic_for(input.dtype()));
+    let (tokens, finish) = (input.rows(), Finish::scaled(packed.scale));
+    let product = (Operand::plain(input), Operand::transposed(a));
+    let scratch = || Tensor::scratch(&device, Category::Activations, input.dtype(), &[tokens, a.rows()]);
+    // Few rows are done in one launch either way; weights in eight bits read no wider rows.
+    let rides = tokens > FEW_TOKENS && packed.quantised.is_none();
+    let spare = input.spare_columns().filter(|(spare, _)| rides && spare.columns() == a.rows());
+    let Some((mut spare, wide_input)) = spare else {
+        let mut reduced = scratch()?;
+        device.kernels().matmul(&[product], &mut reduced, &finish, arithmetic)?;
+        return Ok(Reduced { reduced: Some(reduced), wide_input: None });
+    };
+    device.kernels().matmul(&[product], &mut spare, &finish, arithmetic)?;
+    let reduced = if !tape.is_recording() || !group.trains() {
+        spare
+    } else if let Saved::Value(_) = x.save() {
+        input.keep_spare();
+        spare
+    } else {
+        let mut copy = scratch()?;
+        device.kernels().convert(&spare, &mut copy);
+        copy
+    };
+    Ok(Reduced { reduced: Some(reduced), wide_input: Some(wide_input) })
+}
+
 /// Divides the result among the layers and records how gradients flow back.
 fn record(
     tape: &Tape,
@@ -226,7 +258,7 @@ fn record(
     (out, reduced): (Tensor, Option<Tensor>),
 ) -> Result<Vec<Var>> {
     let adapters: Vec<Option<Lora>> = group.layers.iter().map(|layer| layer.lora.clone()).collect();
-    let trains = adapters.iter().flatten().any(|lora| lora.is_trained());
+    let trains = group.trains();
     let residual_slot = options.residual.and_then(Var::slot);
     let wanted = trains || x.slot().is_some() || residual_slot.is_some();
     let widths: Vec<usize> = group.layers.iter().map(|layer| layer.weight.shape()[0]).collect();
@@ -263,7 +295,7 @@ const APART_BYTES: usize = if cfg!(test) { 256 } else { 32 << 20 };
 
 impl Node {
     fn backward(mut self, gradients: &mut Gradients, slots: &[usize]) -> Result<()> {
-        let Some(d_out) = self.d_out(gradients, slots)? else { return Ok(()) };
+        let Some((d_out, codes)) = self.d_out(gradients, slots)? else { return Ok(()) };
         let [tokens, width] = self.input_shape;
         let is_large = tokens * width * d_out.dtype().bytes() >= APART_BYTES;
         if is_large && let Some(d_input) = self.riding_slopes(gradients, &d_out)? {
@@ -272,7 +304,7 @@ impl Node {
         let is_apart = width > d_out.columns() && is_large;
         let (mut d_input, d_reduced) = match self.input_slot {
             _ if self.packed.quantised.is_some() => {
-                self.packed.backward_fp8(&d_out, self.input_slot.is_some())?
+                self.packed.backward_fp8((&d_out, codes), self.input_slot.is_some())?
             }
             Some(_) if !is_apart => self.joint_slopes(&d_out)?,
             _ => (None, self.reduced_slope(&d_out)?),
@@ -280,14 +312,17 @@ impl Node {
         if let Some(d_reduced) = &d_reduced {
             self.adapter_gradients(gradients, &d_out, (d_reduced, self.packed.scale))?;
         }
-        // It may have been computed again.
-        self.input = None;
+        // It may have been computed again, and what was reduced may lie next to it.
+        (self.input, self.reduced) = (None, None);
         if self.input_slot.is_some() && d_input.is_none() {
             let mut alone = self.scratch(&d_out, width)?;
             self.multiply((Operand::plain(&d_out), &self.packed.weight), &mut alone, &Finish::STORE)?;
             d_input = Some(alone);
         }
-        if let (Some(d_reduced), Some(d_input), Some(a)) = (&d_reduced, &mut d_input, &self.packed.a) {
+        let is_left = self.packed.quantised.is_none();
+        if let (true, Some(d_reduced), Some(d_input), Some(a)) =
+            (is_left, &d_reduced, &mut d_input, &self.packed.a)
+        {
             let finish = Finish { scale: self.packed.scale, ..Finish::ACCUMULATE };
             self.multiply((Operand::plain(d_reduced), a), d_input, &finish)?;
         }
@@ -320,7 +355,7 @@ impl Node {
         self.adapter_gradients(gradients, d_out, (&d_reduced, 1.0))?;
         // The columns are another group's next; and the input may have been computed again.
         gradients.finish_weights()?;
-        self.input = None;
+        (self.input, self.reduced) = (None, None);
         let mut d_input = self.scratch(d_out, self.input_shape[1])?;
         self.multiply((Operand::plain(&wide_d_out), &tall), &mut d_input, &Finish::STORE)?;
         Ok(Some(d_input))
@@ -360,9 +395,16 @@ impl Node {
         Ok(Some(d_reduced))
     }
 
-    /// The gradients of all layers as one matrix; `None` when none has arrived.
-    fn d_out(&self, gradients: &mut Gradients, slots: &[usize]) -> Result<Option<Tensor>> {
-        let arrived: Vec<Option<Tensor>> = slots.iter().map(|&slot| gradients.take(slot)).collect();
+    /// The gradients of all layers as one matrix, with its codes where they are known; `None` when none has arrived.
+    fn d_out(
+        &self,
+        gradients: &mut Gradients,
+        slots: &[usize],
+    ) -> Result<Option<(Tensor, Option<ScaledRows>)>> {
+        let arrived = slots.iter().map(|&slot| gradients.take_with_codes(slot).unzip());
+        let (arrived, codes): (Vec<Option<Tensor>>, Vec<_>) = arrived.unzip();
+        let codes: Vec<Option<GradientCodes>> = codes.into_iter().map(Option::flatten).collect();
+        let codes = self.packed.gradient_codes(&codes, &self.widths);
         let Some(like) = arrived.iter().flatten().next().cloned() else { return Ok(None) };
         let rows = self.input_shape[0];
         let parts = arrived.into_iter().zip(&self.widths).map(|(gradient, &width)| match gradient {
@@ -372,7 +414,8 @@ impl Node {
         let mut parts = parts.collect::<Result<Vec<_>>>()?;
         drop(like);
         // One alone keeps its columns to spare.
-        if parts.len() == 1 { Ok(parts.pop()) } else { Tensor::join_columns(parts).map(Some) }
+        let d_out = if parts.len() == 1 { parts.pop() } else { Some(Tensor::join_columns(parts)?) };
+        Ok(d_out.map(|d_out| (d_out, codes)))
     }
 
     /// Adds to the gradients of every layer's A and B; `factor` times `d_reduced` is the gradient of x A^T.
@@ -404,7 +447,6 @@ impl Node {
             row += features;
             column += rank;
         }
-        // The gradient of a residual is added to in place further on.
-        if self.residual_slot.is_some() { gradients.finish_weights() } else { gradients.settle_weights() }
+        gradients.settle_weights()
     }
 }

@@ -18,7 +18,7 @@ mod tests;
 pub use attention::{attention, attention_with_spare};
 pub use cursor::{Cursor, sample};
 pub use embedding::{check_ids, embedding, scatter_rows};
-pub use gated::{gated, gated_with_spare};
+pub use gated::{GatedOptions, gated, gated_with_spare};
 pub use linear::{Dropout, Linear, LinearOptions, Lora, linear, project};
 pub use linear_group::{LinearGroup, linear_group};
 pub use loss::{CrossEntropy, LOGIT_CHUNK_BYTES, Targets, linear_cross_entropy, logit_chunk_rows};

@@ -1,6 +1,6 @@
 //! RMSNorm.
 
-use crate::device::NormWeight;
+use crate::device::{NormWeight, ScaledRows};
 use crate::error::{Result, expect_shape};
 use crate::memory::Category;
 use crate::{DType, Tape, Tensor, Var, Weight};
@@ -22,16 +22,18 @@ pub fn rms_norm(
     rms_norm_with_spare(tape, x, weight, kind, epsilon, Spare::default())
 }
 
-/// Columns that rows have to spare; see [`Tensor::scratch_with_spare`].
+/// What rows carry for their readers: columns to spare, see [`Tensor::scratch_with_spare`], and codes.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Spare {
     /// Of the result.
     pub result: usize,
     /// Of the gradient of x, where this operation's is the first.
     pub gradient: usize,
+    /// Whether the result is rounded to eight bits as well, for [`crate::ops::LinearGroup::reads_codes`].
+    pub codes: bool,
 }
 
-/// [`rms_norm`] with room for more columns in rows.
+/// [`rms_norm`] whose rows carry something for their readers.
 ///
 /// # Errors
 /// As [`rms_norm`].
@@ -51,18 +53,23 @@ pub fn rms_norm_with_spare(
     let device = input.device().clone();
     let compute = {
         let (input, value, device) = (input.clone(), value.clone(), device.clone());
-        move |spare: usize| -> Result<Tensor> {
+        move |spare: usize, codes: bool| -> Result<(Tensor, Option<ScaledRows>)> {
             let rows = [input.rows(), input.columns()];
             let category = Category::Activations;
             let mut out = match spare {
                 0 => Tensor::scratch(&device, category, input.dtype(), input.shape())?,
                 _ => Tensor::scratch_with_spare(&device, category, input.dtype(), rows, spare)?,
             };
+            if let Some(fp8) = device.kernels().fp8().filter(|_| codes)
+                && let Some(codes) = fp8.rms_norm_rounded(&input, value.as_ref(), kind, epsilon, &mut out)?
+            {
+                return Ok((out, Some(codes)));
+            }
             device.kernels().rms_norm(&input, value.as_ref(), kind, epsilon, &mut out);
-            Ok(out)
+            Ok((out, None))
         }
     };
-    let out = compute(spare.result)?;
+    let (out, codes) = compute(spare.result, spare.codes)?;
     let parameter = weight.and_then(Weight::parameter).cloned();
     let input_slot = x.slot();
     let wanted = input_slot.is_some() || parameter.is_some();
@@ -71,8 +78,8 @@ pub fn rms_norm_with_spare(
             let Some(d_out) = gradients.take(slot) else { return Ok(()) };
             let kernels = device.kernels();
             if let Some(slot) = input_slot {
-                gradients.add_with(slot, (&input, input.shape(), spare.gradient), |d_x, accumulate| {
-                    let d_x = Some((d_x, accumulate));
+                gradients.add_onto(slot, (&input, input.shape(), spare.gradient), |d_x, held| {
+                    let d_x = Some((d_x, held));
                     kernels.rms_norm_backward(&input, value.as_ref(), kind, epsilon, &d_out, d_x, None);
                     Ok(())
                 })?;
@@ -87,5 +94,6 @@ pub fn rms_norm_with_spare(
         })
     });
     // With the same columns to spare, so that products read it alike whether it was kept or not.
-    Ok(tape.with_recipe(var, move || compute(spare.result)))
+    let var = tape.with_recipe(var, move || compute(spare.result, false).map(|computed| computed.0));
+    Ok(var.with_codes(codes))
 }

@@ -1,6 +1,7 @@
 //! Columns of a wider array as tensors of their own.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::{Buffer, Memory, Tensor};
 use crate::error::{Error, Result};
@@ -13,9 +14,16 @@ pub(super) struct Part {
     /// Elements from one row of the outermost dimension to the next.
     pitch: usize,
     /// Shared by all handles to these columns; other columns of the same array are other memory.
-    handles: Arc<()>,
+    handles: Arc<Handles>,
     /// Columns after these that belong to them, for what is to be multiplied together with them.
     spare: usize,
+}
+
+/// What all handles to the same columns share.
+#[derive(Default)]
+struct Handles {
+    /// Whether somebody reads what the spare columns hold for as long as these columns exist.
+    keeps_spare: AtomicBool,
 }
 
 impl Part {
@@ -114,9 +122,10 @@ impl Tensor {
     }
 
     /// The spare columns as a matrix \[T, spare\], and these columns together with them. They belong to whoever holds
-    /// these columns: only one of the users of a tensor may write them.
+    /// these columns: only one of the users of a tensor may write them at a time, and nobody after [`Self::keep_spare`].
     pub(crate) fn spare_columns(&self) -> Option<(Self, Self)> {
-        let part = self.part.as_ref().filter(|part| part.spare > 0)?;
+        let is_free = |part: &&Part| part.spare > 0 && !part.handles.keeps_spare.load(Ordering::Relaxed);
+        let part = self.part.as_ref().filter(is_free)?;
         let rows = self.shape.first().copied().unwrap_or(1);
         let width: usize = self.shape[1..].iter().product();
         let view = |offset, width| Self {
@@ -126,6 +135,13 @@ impl Tensor {
             ..self.clone()
         };
         Some((view(self.offset + width, part.spare), view(self.offset, width + part.spare)))
+    }
+
+    /// Says that the spare columns are read later, so that nobody gets them any more.
+    pub(crate) fn keep_spare(&self) {
+        if let Some(part) = &self.part {
+            part.handles.keeps_spare.store(true, Ordering::Relaxed);
+        }
     }
 
     /// Rows and columns, each as first and count, of a matrix that stays shared: a view to read, or to write by whoever

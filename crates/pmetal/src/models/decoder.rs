@@ -6,7 +6,8 @@ use std::sync::Arc;
 
 use pmetal_engine::device::{AttentionParameters, CrossEntropyParameters};
 use pmetal_engine::ops::{
-    self, CrossEntropy, Dropout, LinearGroup, LinearOptions, Spare, Targets, linear_cross_entropy, rms_norm,
+    self, CrossEntropy, Dropout, GatedOptions, LinearGroup, LinearOptions, Spare, Targets,
+    linear_cross_entropy, rms_norm,
 };
 use pmetal_engine::{Category, DType, Device, Recompute, Tape, Tensor, Var, Weight};
 
@@ -166,7 +167,8 @@ impl Decoder {
         }
         let weight = Some(&self.final_norm);
         // What flows back through the residuals starts here; the slopes of the adapters that it meets ride along.
-        let spare = Spare { result: 0, gradient: self.layers.last().map_or(0, |layer| layer.down.spare()) };
+        let spare = self.layers.last().map_or(0, |layer| layer.down.spare());
+        let spare = Spare { gradient: spare, ..Spare::default() };
         let (kind, epsilon) = (self.spec.norm_weight, self.spec.norm_epsilon);
         let states = ops::rms_norm_with_spare(tape, &states, weight, kind, epsilon, spare)?;
         if let Some(observe) = &mut observe {
@@ -269,7 +271,8 @@ impl Layer {
         cache: Option<(&mut KeyValueCache, usize)>,
     ) -> Result<Var> {
         let norm = |x: &Var, weight: &Weight, reader: &LinearGroup| {
-            let (kind, spare) = (shared.norm_weight, Spare { result: reader.spare(), gradient: 0 });
+            let kind = shared.norm_weight;
+            let spare = Spare { result: reader.spare(), gradient: 0, codes: reader.reads_codes() };
             ops::rms_norm_with_spare(tape, x, Some(weight), kind, shared.epsilon, spare)
         };
         let normed = norm(&states, &self.input_norm, &self.projection)?;
@@ -281,7 +284,12 @@ impl Layer {
         let [gate, up] = projected(ops::linear_group(tape, &normed, &self.gate_up, shared.options())?);
         drop(normed);
         let activation = self.spec.feed_forward.activation;
-        let product = ops::gated_with_spare(tape, activation, &gate, &up, self.down.spare())?;
+        let carried = GatedOptions {
+            spare: self.down.spare(),
+            codes: self.down.reads_codes(),
+            gradient_factors: self.gate_up.gradient_factors(),
+        };
+        let product = ops::gated_with_spare(tape, activation, &gate, &up, carried)?;
         drop((gate, up));
         let options = LinearOptions { ends_block: true, ..shared.options() };
         self.apply(tape, &product, &self.down, options, &states)

@@ -11,7 +11,7 @@ pub(crate) mod simd;
 
 use crate::device::{
     AdamWControl, AdamWEntry, Arithmetic, AttentionMask, AttentionParameters, CrossEntropyParameters,
-    DropoutMask, Finish, GateActivation, Kernels, NormWeight, Operand, RopeRows, Sum,
+    DropoutMask, Finish, GateActivation, Held, Kernels, NormWeight, Operand, RopeRows, Sum,
 };
 use crate::error::{Error, Result};
 use crate::random::RandomKey;
@@ -133,7 +133,7 @@ impl Kernels for Cpu {
         kind: NormWeight,
         epsilon: f32,
         d_out: &Tensor,
-        d_x: Option<(&mut Tensor, bool)>,
+        d_x: Option<(&mut Tensor, Held<'_>)>,
         d_weight: Option<&mut Tensor>,
     ) {
         norm::backward(x, weight, kind, epsilon, d_out, d_x, d_weight);

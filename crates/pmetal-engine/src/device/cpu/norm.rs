@@ -3,7 +3,7 @@
 use rayon::prelude::*;
 
 use super::simd::{Element, LANES, lane_sum, multiversion, with_element};
-use crate::device::NormWeight;
+use crate::device::{Held, NormWeight};
 use crate::tensor::Tensor;
 
 /// Rows that one task takes; also the unit in which weight gradients are summed, so it is fixed.
@@ -94,7 +94,7 @@ pub(super) fn backward(
     kind: NormWeight,
     epsilon: f32,
     d_out: &Tensor,
-    d_x: Option<(&mut Tensor, bool)>,
+    d_x: Option<(&mut Tensor, Held<'_>)>,
     d_weight: Option<&mut Tensor>,
 ) {
     let width = weight.map_or(x.columns(), Tensor::elements);
@@ -102,7 +102,11 @@ pub(super) fn backward(
     let task = width * ROWS_A_TASK;
     with_element!(x.dtype(), X => {
         let (input, gradient) = (x.as_slice::<X>(), d_out.as_slice::<X>());
-        if let Some((d_x, accumulate)) = d_x {
+        if let Some((d_x, held)) = d_x {
+            let accumulate = !matches!(held, Held::Nothing);
+            if let Held::Other(held) = held {
+                d_x.as_mut_slice::<X>().copy_from_slice(held.as_slice::<X>());
+            }
             d_x.as_mut_slice::<X>()
                 .par_chunks_mut(task)
                 .zip(input.par_chunks(task).zip(gradient.par_chunks(task)))

@@ -1,13 +1,44 @@
 //! Matrices of e4m3: rounding, turning, products.
 
-use super::Gpu;
 use super::launch::{self, Kernel, lanes};
 use super::runtime::{Argument, Fp8Scaling, Matrix, ScaledGemm};
-use crate::device::Fp8Kernels;
+use super::{Gpu, norm_rows, rows_and_columns, shift};
 use crate::device::fp8::ScaledRows;
+use crate::device::{Finish, Fp8Kernels, GateActivation, NormWeight};
 use crate::error::Result;
 use crate::memory::Category;
 use crate::{DType, Tensor};
+
+/// Vectors of eight that a thread of the rounding gated kernels holds of each row, by how many registers 1024 threads have.
+const GATED_VECTORS: usize = 4;
+const GATED_BACKWARD_VECTORS: usize = 2;
+
+/// Codes and scales that are still to be written.
+fn unwritten(like: &Tensor, rows: usize, columns: usize) -> Result<ScaledRows> {
+    let (device, category) = (like.device(), Category::Workspace);
+    Ok(ScaledRows {
+        codes: Tensor::scratch(device, category, DType::E4m3, &[rows, columns])?,
+        scales: Tensor::scratch(device, category, DType::F32, &[rows])?,
+    })
+}
+
+/// Threads of a rounding gated kernel; `None` for rows that it does not hold.
+fn gated_lanes(columns: usize, vectors: usize, tensors: &[&Tensor]) -> Option<usize> {
+    let threads = columns.div_ceil(8 * vectors).next_multiple_of(32);
+    (threads <= 1024 && launch::is_aligned(columns, tensors)).then_some(threads)
+}
+
+fn gated_kernel(
+    (kernel, vectors): (&'static str, usize),
+    dtype: DType,
+    activation: GateActivation,
+) -> Kernel {
+    Kernel::new("gated", kernel)
+        .element(dtype)
+        .define("SILU", activation == GateActivation::Silu)
+        .aligned(true)
+        .number("VECTORS", vectors)
+}
 
 impl Gpu {
     /// Codes and scales are written through handles that are shared: nobody else uses these rows.
@@ -54,11 +85,7 @@ impl Fp8Kernels for Gpu {
     }
 
     fn quantise_rows(&self, x: &Tensor, factors: Option<&Tensor>) -> Result<ScaledRows> {
-        let (device, category) = (x.device(), Category::Workspace);
-        let rows = ScaledRows {
-            codes: Tensor::scratch(device, category, DType::E4m3, &[x.rows(), x.columns()])?,
-            scales: Tensor::scratch(device, category, DType::F32, &[x.rows()])?,
-        };
+        let rows = unwritten(x, x.rows(), x.columns())?;
         self.round_rows(x, factors, &rows, 0);
         Ok(rows)
     }
@@ -80,8 +107,12 @@ impl Fp8Kernels for Gpu {
             .aligned(false)
             .arguments(&[codes.into(), (&mut out).into()])
             .sizes(&[rows, columns])
-            .launch(self.runtime.as_ref(), [columns.div_ceil(64), rows.div_ceil(64), 1], 256);
+            .launch(self.runtime.as_ref(), [columns.div_ceil(128), rows.div_ceil(128), 1], 256);
         Ok(out)
+    }
+
+    fn adds_in_product(&self) -> bool {
+        self.runtime.fp8() == Ok(Fp8Scaling::RowsAndAddend)
     }
 
     fn multiply(
@@ -89,8 +120,7 @@ impl Fp8Kernels for Gpu {
         left: &ScaledRows,
         right: &ScaledRows,
         out: &mut Tensor,
-        bias: Option<&Tensor>,
-        addend: Option<&Tensor>,
+        finish: &Finish<'_>,
     ) -> Result<()> {
         let scaling = self.runtime.fp8().map_err(|reason| crate::Error::Unsupported {
             operation: "product of 8-bit floats",
@@ -99,9 +129,13 @@ impl Fp8Kernels for Gpu {
         })?;
         let scales = [&left.scales, &right.scales];
         let in_product = scaling != Fp8Scaling::Afterwards;
+        let held = (finish.accumulate && scaling != Fp8Scaling::RowsAndAddend)
+            .then(|| out.copy(Category::Workspace))
+            .transpose()?;
         let (added, addend) = match scaling {
-            Fp8Scaling::RowsAndAddend => (addend.map(Tensor::address), None),
-            _ => (None, addend),
+            Fp8Scaling::RowsAndAddend if finish.accumulate => (Some(out.address()), None),
+            Fp8Scaling::RowsAndAddend => (finish.residual.map(Tensor::address), None),
+            _ => (None, held.as_ref().or(finish.residual)),
         };
         self.runtime.scaled_gemm(&ScaledGemm {
             rows: out.rows(),
@@ -114,9 +148,82 @@ impl Fp8Kernels for Gpu {
             out: Matrix { address: out.address_mut(), pitch: out.pitch(), transposed: false },
             out_dtype: out.dtype(),
         })?;
-        if !in_product || bias.is_some() || addend.is_some() {
-            self.finish_rows(out, (!in_product).then_some(scales), bias, addend);
+        if !in_product || finish.bias.is_some() || addend.is_some() {
+            self.finish_rows(out, (!in_product).then_some(scales), finish.bias, addend);
         }
         Ok(())
+    }
+
+    fn rms_norm_rounded(
+        &self,
+        x: &Tensor,
+        weight: Option<&Tensor>,
+        kind: NormWeight,
+        epsilon: f32,
+        out: &mut Tensor,
+    ) -> Result<Option<ScaledRows>> {
+        let (rows, inner, width) = norm_rows(x);
+        let threads = launch::lanes_of(rows, width);
+        let all: Vec<&Tensor> = [x, &*out].into_iter().chain(weight).collect();
+        if inner != 1 || !launch::is_aligned(width, &all) || !launch::holds(width, threads) {
+            return Ok(None);
+        }
+        let codes = unwritten(x, rows, width)?;
+        Kernel::new("norm", "rms_norm")
+            .element(x.dtype())
+            .weight(weight.map_or(DType::F32, Tensor::dtype))
+            .row(width, threads, true)
+            .define("CODES", true)
+            .arguments(&[x.into(), weight.into(), out.into()])
+            .sizes(&[width, inner, x.pitch(), out.pitch()])
+            .arguments(&[Argument::F32(epsilon), Argument::F32(shift(kind))])
+            .arguments(&[Argument::U32(weight.is_some().into())])
+            .arguments(&[(&codes.codes).into(), (&codes.scales).into()])
+            .launch(self.runtime.as_ref(), [rows, 1, 1], threads);
+        Ok(Some(codes))
+    }
+
+    fn gated_rounded(
+        &self,
+        activation: GateActivation,
+        gate: &Tensor,
+        up: &Tensor,
+        out: &mut Tensor,
+    ) -> Result<Option<ScaledRows>> {
+        let (rows, columns) = rows_and_columns(gate);
+        let is_narrow = gate.dtype().bytes() == 2;
+        let vectors = if is_narrow { GATED_VECTORS } else { GATED_BACKWARD_VECTORS };
+        let Some(threads) = gated_lanes(columns, vectors, &[gate, up, out]) else { return Ok(None) };
+        let codes = unwritten(gate, rows, columns)?;
+        gated_kernel(("gated_codes", vectors), gate.dtype(), activation)
+            .arguments(&[gate.into(), up.into(), (&mut *out).into()])
+            .arguments(&[(&codes.codes).into(), (&codes.scales).into()])
+            .sizes(&[columns, gate.pitch(), up.pitch(), out.pitch()])
+            .launch(self.runtime.as_ref(), [rows, 1, 1], threads);
+        Ok(Some(codes))
+    }
+
+    fn gated_backward_rounded(
+        &self,
+        activation: GateActivation,
+        gate: &mut Tensor,
+        up: &mut Tensor,
+        d_out: &Tensor,
+        factors: &Tensor,
+    ) -> Result<Option<ScaledRows>> {
+        let (rows, columns) = rows_and_columns(gate);
+        crate::error::expect_shape("gated_backward_rounded", "factors", factors.shape(), &[2 * columns])?;
+        let Some(threads) = gated_lanes(columns, GATED_BACKWARD_VECTORS, &[gate, up, d_out, factors]) else {
+            return Ok(None);
+        };
+        let codes = unwritten(gate, rows, 2 * columns)?;
+        let [own_gate, own_up] = [gate.address_mut(), up.address_mut()].map(Argument::Address);
+        let (gate_pitch, up_pitch) = (gate.pitch(), up.pitch());
+        gated_kernel(("gated_backward_codes", GATED_BACKWARD_VECTORS), gate.dtype(), activation)
+            .arguments(&[own_gate, own_up, d_out.into(), own_gate, own_up, factors.into()])
+            .arguments(&[(&codes.codes).into(), (&codes.scales).into()])
+            .sizes(&[columns, gate_pitch, up_pitch, d_out.pitch(), gate_pitch, up_pitch])
+            .launch(self.runtime.as_ref(), [rows, 1, 1], threads);
+        Ok(Some(codes))
     }
 }

@@ -96,7 +96,7 @@ impl Kernel {
     pub(super) fn row(self, width: usize, threads: usize, aligned: bool) -> Self {
         let vectors = width.div_ceil(8 * threads).max(1);
         // Longer rows than all threads can hold are read twice.
-        let aligned = aligned && vectors <= MOST_VECTORS;
+        let aligned = aligned && holds(width, threads);
         self.aligned(aligned).number("VECTORS", if aligned { vectors } else { 1 })
     }
 
@@ -145,6 +145,11 @@ impl Kernel {
 
 /// Vectors of eight elements that a thread holds at most.
 const MOST_VECTORS: usize = 4;
+
+/// Whether so many threads hold a row in registers.
+pub(super) fn holds(width: usize, threads: usize) -> bool {
+    width.div_ceil(8 * threads) <= MOST_VECTORS
+}
 
 /// Threads for a row: whole SIMD groups that hold it, at most 1024.
 pub(super) fn lanes(width: usize) -> usize {

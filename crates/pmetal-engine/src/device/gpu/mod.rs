@@ -28,8 +28,8 @@ use runtime::{Argument, DeviceFacts};
 
 use super::{
     AdamWControl, AdamWEntry, Arithmetic, AttentionMask, AttentionParameters, CrossEntropyParameters,
-    DropoutMask, Finish, Fp8Kernels, GateActivation, Kernels, NormWeight, Operand, RopePairing, RopeRows,
-    Sum, WeightGradient,
+    DropoutMask, Finish, Fp8Kernels, GateActivation, Held, Kernels, NormWeight, Operand, RopePairing,
+    RopeRows, Sum, WeightGradient,
 };
 use crate::error::Result;
 use crate::memory::Category;
@@ -209,18 +209,25 @@ impl Kernels for Gpu {
         kind: NormWeight,
         epsilon: f32,
         d_out: &Tensor,
-        d_x: Option<(&mut Tensor, bool)>,
+        d_x: Option<(&mut Tensor, Held<'_>)>,
         d_weight: Option<&mut Tensor>,
     ) {
         let (rows, inner, width) = norm_rows(x);
-        if let Some((d_x, accumulate)) = d_x {
-            let all: Vec<&Tensor> = [x, d_out, &*d_x].into_iter().chain(weight).collect();
+        if let Some((d_x, held)) = d_x {
+            let accumulate = !matches!(held, Held::Nothing);
+            let (held, held_pitch) = match held {
+                Held::Other(other) => (Some(other), other.pitch()),
+                Held::Nothing | Held::Itself => (None, d_x.pitch()),
+            };
+            let all: Vec<&Tensor> = [x, d_out, &*d_x].into_iter().chain(weight).chain(held).collect();
+            let aligned = launch::is_aligned(width, &all);
+            let held = Argument::Address(held.map_or(d_x.address(), Tensor::address));
             Kernel::new("norm", "rms_norm_backward")
                 .element(x.dtype())
                 .weight(weight.map_or(DType::F32, Tensor::dtype))
-                .row(width, lanes(width), launch::is_aligned(width, &all))
-                .arguments(&[x.into(), weight.into(), d_out.into(), d_x.into()])
-                .sizes(&[width, inner, x.pitch(), d_out.pitch(), d_x.pitch()])
+                .row(width, lanes(width), aligned)
+                .arguments(&[x.into(), weight.into(), d_out.into(), (&mut *d_x).into(), held])
+                .sizes(&[width, inner, x.pitch(), d_out.pitch(), d_x.pitch(), held_pitch])
                 .arguments(&[Argument::F32(epsilon), Argument::F32(shift(kind))])
                 .arguments(&[Argument::U32(weight.is_some().into()), Argument::U32(accumulate.into())])
                 .launch(self.runtime.as_ref(), [rows, 1, 1], lanes(width));

@@ -5,7 +5,7 @@
 //! dimension that is summed over. Adapters stay out of it, in the type of activations.
 
 use super::{LinearGroup, Packed};
-use crate::device::{Finish, Fp8Kernels, Operand, ScaledRows};
+use crate::device::{Finish, Fp8Kernels, GradientCodes, Operand, ScaledRows};
 use crate::error::{Error, Result};
 use crate::memory::Category;
 use crate::ops::Linear;
@@ -74,6 +74,17 @@ impl LinearGroup {
         self.quantised = Some(Quantised { rows: all, ones });
         Ok(true)
     }
+
+    /// Whether the group reads its input in eight bits too, so that who computes it should round it on the way out.
+    pub fn reads_codes(&self) -> bool {
+        self.quantised.is_some()
+    }
+
+    /// What gradients of the group's results, side by side, are multiplied with before they are rounded to eight bits;
+    /// `None` where they are not.
+    pub fn gradient_factors(&self) -> Option<Tensor> {
+        self.quantised.as_ref().map(|quantised| quantised.rows.scales.clone())
+    }
 }
 
 #[cfg(test)]
@@ -90,40 +101,53 @@ impl Packed {
         self.a.as_ref().map(block).transpose()
     }
 
-    /// Every layer's result into `out`.
+    /// Every layer's result into `out`, from an input of which `codes` may be known.
     pub(super) fn forward_fp8(
         &self,
         weight: &Quantised,
-        input: &Tensor,
+        (input, codes): (&Tensor, Option<&ScaledRows>),
         reduced: Option<&Tensor>,
         residual: Option<&Tensor>,
         out: &mut Tensor,
     ) -> Result<()> {
         let device = input.device().clone();
         let kernels = kernels(&device)?;
-        let rounded = kernels.quantise_rows(input, None)?;
+        let rounded = match codes {
+            Some(codes) => codes.clone(),
+            None => kernels.quantise_rows(input, None)?,
+        };
         // The addend must lie as the output does.
         let residual = residual.map(Tensor::contiguous).transpose()?;
-        kernels.multiply(&rounded, &weight.rows, out, self.bias.as_ref(), residual.as_ref())?;
-        let (Some(reduced), Some(b)) = (reduced, self.b_alone()?) else { return Ok(()) };
-        let product = (Operand::plain(reduced), Operand::transposed(&b));
-        device.kernels().matmul(&[product], out, &Finish::ACCUMULATE, arithmetic_for(input.dtype()))
+        let finish = Finish { bias: self.bias.as_ref(), residual: residual.as_ref(), ..Finish::STORE };
+        let (Some(reduced), Some(b)) = (reduced, self.b_alone()?) else {
+            return kernels.multiply(&rounded, &weight.rows, out, &finish);
+        };
+        let product = [(Operand::plain(reduced), Operand::transposed(&b))];
+        let arithmetic = arithmetic_for(input.dtype());
+        if kernels.adds_in_product() {
+            // The long product reads what it adds to beside its own work, the short one would wait for it.
+            device.kernels().matmul(&product, out, &finish, arithmetic)?;
+            return kernels.multiply(&rounded, &weight.rows, out, &Finish::ACCUMULATE);
+        }
+        kernels.multiply(&rounded, &weight.rows, out, &finish)?;
+        device.kernels().matmul(&product, out, &Finish::ACCUMULATE, arithmetic)
     }
 
-    /// The gradients of x, when wanted, and of s x A^T / s, when there are adapters.
+    /// The gradients of x, when wanted, adapters included, and of s x A^T / s, when there are adapters.
     pub(super) fn backward_fp8(
         &self,
-        d_out: &Tensor,
+        (d_out, codes): (&Tensor, Option<ScaledRows>),
         wants_input: bool,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let device = d_out.device().clone();
         let (tokens, dtype) = (d_out.rows(), d_out.dtype());
+        let (plain, arithmetic) = (device.kernels(), arithmetic_for(dtype));
         let scratch = |columns| Tensor::scratch(&device, Category::Activations, dtype, &[tokens, columns]);
         let d_reduced = match self.b_alone()? {
             Some(b) => {
                 let mut d_reduced = scratch(b.columns())?;
                 let product = (Operand::plain(d_out), Operand::plain(&b));
-                device.kernels().matmul(&[product], &mut d_reduced, &Finish::STORE, arithmetic_for(dtype))?;
+                plain.matmul(&[product], &mut d_reduced, &Finish::STORE, arithmetic)?;
                 Some(d_reduced)
             }
             None => None,
@@ -133,10 +157,45 @@ impl Packed {
         };
         let mut d_input = scratch(self.weight.columns())?;
         let kernels = kernels(&device)?;
-        let rounded = kernels.quantise_rows(d_out, Some(&weight.rows.scales))?;
+        let rounded = match codes {
+            Some(codes) => codes,
+            None => kernels.quantise_rows(d_out, Some(&weight.rows.scales))?,
+        };
         let turned =
             ScaledRows { codes: kernels.transpose_codes(&weight.rows.codes)?, scales: weight.ones.clone() };
-        kernels.multiply(&rounded, &turned, &mut d_input, None, None)?;
+        let (Some(reduced), Some(a)) = (&d_reduced, &self.a) else {
+            kernels.multiply(&rounded, &turned, &mut d_input, &Finish::STORE)?;
+            return Ok((Some(d_input), d_reduced));
+        };
+        let (product, finish) = ([(Operand::plain(reduced), Operand::plain(a))], Finish::scaled(self.scale));
+        if kernels.adds_in_product() {
+            plain.matmul(&product, &mut d_input, &finish, arithmetic)?;
+            kernels.multiply(&rounded, &turned, &mut d_input, &Finish::ACCUMULATE)?;
+        } else {
+            kernels.multiply(&rounded, &turned, &mut d_input, &Finish::STORE)?;
+            plain.matmul(&product, &mut d_input, &Finish { accumulate: true, ..finish }, arithmetic)?;
+        }
         Ok((Some(d_input), d_reduced))
+    }
+
+    /// The codes of the gradients of all layers side by side, where every part carries them, in its place and times the
+    /// scales of these weights.
+    pub(super) fn gradient_codes(
+        &self,
+        parts: &[Option<GradientCodes>],
+        widths: &[usize],
+    ) -> Option<ScaledRows> {
+        let own = &self.quantised.as_ref()?.rows;
+        let all = &parts.first()?.as_ref()?.rows;
+        let mut first = 0;
+        for (part, width) in parts.iter().zip(widths) {
+            let part = part.as_ref()?;
+            let is_its_own = part.factors.address() == own.scales.address() && part.first == first;
+            if !is_its_own || part.rows.codes.address() != all.codes.address() {
+                return None;
+            }
+            first += width;
+        }
+        (first == all.codes.columns()).then(|| all.clone())
     }
 }

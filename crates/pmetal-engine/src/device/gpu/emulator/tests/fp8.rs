@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::device::gpu::runtime::Fp8Scaling;
-use crate::device::{ScaledRows, e4m3_value};
+use crate::device::{Finish, ScaledRows, e4m3_value};
 use crate::ops::{Linear, LinearGroup, LinearOptions, Lora, linear_group};
 use crate::{Parameter, Tape, Weight};
 
@@ -76,7 +76,7 @@ fn rows_are_scaled_by_their_greatest_size_and_what_is_not_finite_stays_so() {
 #[test]
 fn the_transpose_of_codes_has_every_code_in_its_place() {
     let Some(device) = device(Fp8Scaling::Rows) else { return };
-    for [rows, columns] in [[16, 16], [48, 80], [64, 128], [80, 16]] {
+    for [rows, columns] in [[16, 16], [48, 80], [128, 128], [272, 144], [80, 16]] {
         let values: Vec<u8> = (0..rows * columns).map(|i| (i * 7 + i / 251) as u8).collect();
         let codes = Tensor::from_slice(&device, Category::Workspace, &[rows, columns], &values).unwrap();
         let turned = device.kernels().fp8().unwrap().transpose_codes(&codes).unwrap();
@@ -280,7 +280,11 @@ fn products_of_codes_have_scales_bias_and_addend() {
         let right = fp8.quantise_rows(&tensor(2, &[columns, inner]), Some(&tensor(3, &[inner]))).unwrap();
         let (bias, addend) = (tensor(4, &[columns]), tensor(5, &[rows, columns]));
         let mut out = tensor(6, &[rows, columns]);
-        fp8.multiply(&left, &right, &mut out, Some(&bias), Some(&addend)).unwrap();
+        let finish = Finish { bias: Some(&bias), residual: Some(&addend), ..Finish::STORE };
+        fp8.multiply(&left, &right, &mut out, &finish).unwrap();
+        let mut held = tensor(5, &[rows, columns]);
+        let finish = Finish { bias: Some(&bias), ..Finish::ACCUMULATE };
+        fp8.multiply(&left, &right, &mut held, &finish).unwrap();
         let (a, b) = (dequantised(&left), dequantised(&right));
         let (bias, addend) = (bias.to_f32_vec().unwrap(), addend.to_f32_vec().unwrap());
         let expected: Vec<f32> = (0..rows * columns)
@@ -291,6 +295,12 @@ fn products_of_codes_have_scales_bias_and_addend() {
             })
             .collect();
         assert_close(&format!("{scaling:?}"), &out.to_f32_vec().unwrap(), &expected, 1e-5);
+        assert_close(
+            &format!("{scaling:?} onto what is there"),
+            &held.to_f32_vec().unwrap(),
+            &expected,
+            1e-5,
+        );
     }
 }
 

@@ -42,7 +42,7 @@ fn pass(run: &Run<'_>, packs: bool, rows: usize) -> Vec<Tensor> {
     let tape = Tape::recording();
     let leaf = tape.leaf(run.dense(100, &[rows, WIDTH]));
     let normed = if packs {
-        let spare = Spare { result: group.spare(), gradient: 0 };
+        let spare = Spare { result: group.spare(), ..Spare::default() };
         crate::ops::rms_norm_with_spare(&tape, &leaf, None, NormWeight::Plain, 1e-3, spare).unwrap()
     } else {
         rms_norm(&tape, &leaf, None, NormWeight::Plain, 1e-3).unwrap()
@@ -92,7 +92,7 @@ fn residual_pass(run: &Run<'_>, spare: usize) -> Vec<Tensor> {
     let (leaf, states) = (tape.leaf(run.dense(4, &[ROWS, WIDTH])), tape.leaf(run.dense(5, &[ROWS, 16])));
     let options = LinearOptions { residual: Some(&states), ..LinearOptions::default() };
     let output = linear_group(&tape, &leaf, &group, options).unwrap().remove(0);
-    let spare = Spare { result: 0, gradient: spare };
+    let spare = Spare { gradient: spare, ..Spare::default() };
     let normed = rms_norm_with_spare(&tape, &output, None, NormWeight::Plain, 1e-3, spare).unwrap();
     let mut gradients = tape.backward(&normed, run.dense(6, &[ROWS, 16])).unwrap();
     let mut results: Vec<Tensor> =
@@ -100,6 +100,80 @@ fn residual_pass(run: &Run<'_>, spare: usize) -> Vec<Tensor> {
     let lora = group.layers()[0].lora.as_ref().unwrap();
     results.extend([&lora.a, &lora.b].map(|weight| weight.parameter().unwrap().gradient().unwrap()));
     results
+}
+
+/// Two groups of one input, which keeps what the first of them made of it; gradients of the input and of all adapters.
+fn shared_pass(run: &Run<'_>) -> Vec<Tensor> {
+    const ROWS: usize = 9;
+    let group = |seed: u64| {
+        let trained =
+            |seed, shape: &[usize]| Weight::Trainable(Parameter::new("adapter", run.floats(seed, shape)));
+        let (a, b) = (trained(seed, &[5, WIDTH]), trained(seed + 1, &[16, 5]));
+        let lora = Lora { a, b, scale: 0.5, dropout: 0.0, stream: 0 };
+        let weight = Weight::Frozen(run.dense(seed + 2, &[16, WIDTH]));
+        let mut group = LinearGroup::new(vec![Linear { weight, bias: None, lora: Some(lora) }]);
+        group.pack(run.dtype).unwrap();
+        group
+    };
+    let groups = [group(1), group(11)];
+    let tape = Tape::keeping_all();
+    let leaf = tape.leaf(run.dense(4, &[ROWS, WIDTH]));
+    let spare = Spare { result: groups[0].spare(), ..Spare::default() };
+    let normed = rms_norm_with_spare(&tape, &leaf, None, NormWeight::Plain, 1e-3, spare).unwrap();
+    let first = linear_group(&tape, &normed, &groups[0], LinearOptions::default()).unwrap().remove(0);
+    let options = LinearOptions { residual: Some(&first), ..LinearOptions::default() };
+    let both = linear_group(&tape, &normed, &groups[1], options).unwrap().remove(0);
+    let mut results = vec![both.tensor().copy(Category::Workspace).unwrap()];
+    let mut gradients = tape.backward(&both, run.dense(6, &[ROWS, 16])).unwrap();
+    results.push(gradients.take(leaf.slot().unwrap()).unwrap().contiguous().unwrap());
+    for lora in groups.iter().filter_map(|group| group.layers()[0].lora.as_ref()) {
+        results.extend([&lora.a, &lora.b].map(|weight| weight.parameter().unwrap().gradient().unwrap()));
+    }
+    results
+}
+
+/// A layer between a norm and a residual whose gradient is columns of a wider matrix; gradients of input and adapter.
+fn waiting_pass(run: &Run<'_>) -> Vec<Tensor> {
+    // Small enough that the slope does not ride in the columns to spare.
+    const SHAPE: [usize; 2] = [3, 16];
+    let trained =
+        |seed, shape: &[usize]| Weight::Trainable(Parameter::new("adapter", run.floats(seed, shape)));
+    let (a, b) = (trained(1, &[5, 16]), trained(2, &[16, 5]));
+    let lora = Lora { a, b, scale: 0.5, dropout: 0.0, stream: 0 };
+    let weight = Weight::Frozen(run.dense(3, &[16, 16]));
+    let mut group = LinearGroup::new(vec![Linear { weight, bias: None, lora: Some(lora) }]);
+    group.pack(run.dtype).unwrap();
+    let tape = Tape::recording();
+    let leaf = tape.leaf(run.dense(4, &SHAPE));
+    let normed = rms_norm(&tape, &leaf, None, NormWeight::Plain, 1e-3).unwrap();
+    let options = LinearOptions { residual: Some(&leaf), ..LinearOptions::default() };
+    let output = linear_group(&tape, &normed, &group, options).unwrap().remove(0);
+    let mut d_out = run.dense(6, &SHAPE);
+    if !run.device.is_host() {
+        let dense = d_out;
+        let category = Category::Activations;
+        d_out = Tensor::scratch_with_spare(run.device, category, dense.dtype(), SHAPE, 8).unwrap();
+        run.device.kernels().convert(&dense, &mut d_out);
+    }
+    let mut gradients = tape.backward(&output, d_out).unwrap();
+    let mut results = vec![gradients.take(leaf.slot().unwrap()).unwrap().contiguous().unwrap()];
+    let lora = group.layers()[0].lora.as_ref().unwrap();
+    results.extend([&lora.a, &lora.b].map(|weight| weight.parameter().unwrap().gradient().unwrap()));
+    results
+}
+
+#[test]
+fn a_gradient_that_waits_reads_what_the_residual_gradient_was() {
+    for dtype in [DType::F32, DType::Bf16] {
+        check_padded("a residual's gradient", dtype, &[0], &waiting_pass);
+    }
+}
+
+#[test]
+fn a_second_group_does_not_overwrite_what_the_first_has_put_next_to_their_input() {
+    for dtype in [DType::F32, DType::Bf16] {
+        check_padded("two groups of one input", dtype, &[0], &shared_pass);
+    }
 }
 
 #[test]

@@ -6,7 +6,8 @@ use super::*;
 use crate::device::{GateActivation, NormWeight};
 use crate::error::{Error, Result};
 use crate::ops::{
-    Linear, LinearGroup, LinearOptions, Lora, Spare, gated_with_spare, linear_group, rms_norm_with_spare,
+    GatedOptions, Linear, LinearGroup, LinearOptions, Lora, Spare, gated_with_spare, linear_group,
+    rms_norm_with_spare,
 };
 use crate::{Parameter, Recompute, Tape, Var, Weight};
 
@@ -21,8 +22,9 @@ struct Block {
     down: LinearGroup,
 }
 
-fn room(result: usize) -> Spare {
-    Spare { result, gradient: 0 }
+/// As a decoder has it: the gradient of a block's input is the result's gradient of the block before.
+fn room(result: usize, gradient: usize) -> Spare {
+    Spare { result, gradient, codes: false }
 }
 
 fn group(run: &Run<'_>, seed: u64, shapes: &[[usize; 2]]) -> LinearGroup {
@@ -54,11 +56,19 @@ impl Block {
     }
 
     fn forward(&self, tape: &Tape, x: &Var) -> Result<Var> {
-        let normed = rms_norm_with_spare(tape, x, None, NormWeight::Plain, 1e-3, room(self.gate_up.spare()))?;
+        let normed = rms_norm_with_spare(
+            tape,
+            x,
+            None,
+            NormWeight::Plain,
+            1e-3,
+            room(self.gate_up.spare(), self.down.spare()),
+        )?;
         let halves = linear_group(tape, &normed, &self.gate_up, LinearOptions::default())?;
         drop(normed);
         let spare = self.down.spare();
-        let product = gated_with_spare(tape, GateActivation::Silu, &halves[0], &halves[1], spare)?;
+        let options = GatedOptions { spare, ..GatedOptions::default() };
+        let product = gated_with_spare(tape, GateActivation::Silu, &halves[0], &halves[1], options)?;
         drop(halves);
         let options = LinearOptions { residual: Some(x), ends_block: true, ..LinearOptions::default() };
         Ok(linear_group(tape, &product, &self.down, options)?.remove(0))

@@ -2,6 +2,7 @@
 //! so and passes.
 
 mod fp8;
+mod fp8_fused;
 mod gemv;
 mod groups;
 mod levels;
