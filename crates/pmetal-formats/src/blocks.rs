@@ -3,14 +3,20 @@
 //! The f32 operations and their order are those of `gguf.quants.dequantize` of the Python package `gguf`, so the
 //! results agree bit for bit. Source of the layouts: `ggml-common.h` of ggml.
 
+mod scaled;
+
 use half::f16;
 
 use crate::{DType, Error, Result};
 
+pub use scaled::{Fp8Rows, MXFP4_GROUP, dequantize_fp8, dequantize_mxfp4};
+pub(crate) use scaled::{MXFP4_BYTES, e8m0};
+
 /// Converts `bytes`, any number of whole blocks or elements of `dtype`, into `out`, one f32 per element.
 ///
 /// # Errors
-/// The lengths disagree, or the dtype is no number format: integers and FP8, whose scales lie elsewhere.
+/// The lengths disagree, or the dtype is no number format: integers, and formats whose scales lie elsewhere, for which
+/// there are [`dequantize_fp8`] and [`dequantize_mxfp4`].
 pub fn dequantize(dtype: DType, bytes: &[u8], out: &mut [f32]) -> Result<()> {
     if dtype.bytes_for(out.len() as u64) != Some(bytes.len() as u64) {
         let message = format!("{} bytes of {dtype} are not {} elements", bytes.len(), out.len());
@@ -39,7 +45,9 @@ pub fn dequantize(dtype: DType, bytes: &[u8], out: &mut [f32]) -> Result<()> {
         | DType::U8
         | DType::Bool
         | DType::F8E4m3
-        | DType::F8E5m2 => return Err(Error::Conversion(format!("{dtype} has no conversion to f32"))),
+        | DType::F8E5m2
+        | DType::Fp8Blocks
+        | DType::Mxfp4 => return Err(Error::Conversion(format!("{dtype} has no conversion to f32"))),
     }
     Ok(())
 }

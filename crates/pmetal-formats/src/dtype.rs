@@ -35,10 +35,15 @@ pub enum DType {
     Q5K,
     /// GGUF super-blocks of 256 elements: 6-bit values, sixteen 8-bit scales, f16 scale.
     Q6K,
+    /// E4M3 codes and, in a tensor of their own, a scale for each block of rows and columns, as DeepSeek releases them.
+    /// Sizes count the codes alone: how many scales there are is the configuration's to say.
+    Fp8Blocks,
+    /// E2M1 codes, two a byte, and, in a tensor of their own, an exponent for each 32 of them, as gpt-oss is released.
+    Mxfp4,
 }
 
 /// Every dtype, for tables and tests.
-pub const ALL_DTYPES: [DType; 23] = [
+pub const ALL_DTYPES: [DType; 25] = [
     DType::F64,
     DType::F32,
     DType::F16,
@@ -62,35 +67,43 @@ pub const ALL_DTYPES: [DType; 23] = [
     DType::Q4K,
     DType::Q5K,
     DType::Q6K,
+    DType::Fp8Blocks,
+    DType::Mxfp4,
 ];
 
-/// The layout facts of one dtype; `gguf` is the number and the name in GGUF files.
+/// The layout facts of one dtype; `gguf` is the number in GGUF files.
 struct Layout {
+    name: &'static str,
     block_elements: u64,
     block_bytes: u64,
     safetensors: Option<&'static str>,
-    gguf: Option<(u32, &'static str)>,
+    gguf: Option<u32>,
 }
 
-const fn plain(bytes: u64, safetensors: &'static str, gguf: Option<(u32, &'static str)>) -> Layout {
-    Layout { block_elements: 1, block_bytes: bytes, safetensors: Some(safetensors), gguf }
+const fn plain(bytes: u64, safetensors: &'static str, gguf: Option<u32>) -> Layout {
+    Layout { name: safetensors, block_elements: 1, block_bytes: bytes, safetensors: Some(safetensors), gguf }
 }
 
-const fn blocks(elements: u64, bytes: u64, gguf: (u32, &'static str)) -> Layout {
-    Layout { block_elements: elements, block_bytes: bytes, safetensors: None, gguf: Some(gguf) }
+const fn blocks(name: &'static str, elements: u64, bytes: u64, gguf: u32) -> Layout {
+    Layout { name, block_elements: elements, block_bytes: bytes, safetensors: None, gguf: Some(gguf) }
+}
+
+/// A format of which codes and scales are two tensors.
+const fn paired(name: &'static str, elements: u64, bytes: u64) -> Layout {
+    Layout { name, block_elements: elements, block_bytes: bytes, safetensors: None, gguf: None }
 }
 
 impl DType {
     const fn layout(self) -> Layout {
         match self {
-            Self::F64 => plain(8, "F64", Some((28, "F64"))),
-            Self::F32 => plain(4, "F32", Some((0, "F32"))),
-            Self::F16 => plain(2, "F16", Some((1, "F16"))),
-            Self::Bf16 => plain(2, "BF16", Some((30, "BF16"))),
-            Self::I64 => plain(8, "I64", Some((27, "I64"))),
-            Self::I32 => plain(4, "I32", Some((26, "I32"))),
-            Self::I16 => plain(2, "I16", Some((25, "I16"))),
-            Self::I8 => plain(1, "I8", Some((24, "I8"))),
+            Self::F64 => plain(8, "F64", Some(28)),
+            Self::F32 => plain(4, "F32", Some(0)),
+            Self::F16 => plain(2, "F16", Some(1)),
+            Self::Bf16 => plain(2, "BF16", Some(30)),
+            Self::I64 => plain(8, "I64", Some(27)),
+            Self::I32 => plain(4, "I32", Some(26)),
+            Self::I16 => plain(2, "I16", Some(25)),
+            Self::I8 => plain(1, "I8", Some(24)),
             Self::U64 => plain(8, "U64", None),
             Self::U32 => plain(4, "U32", None),
             Self::U16 => plain(2, "U16", None),
@@ -98,14 +111,16 @@ impl DType {
             Self::Bool => plain(1, "BOOL", None),
             Self::F8E4m3 => plain(1, "F8_E4M3", None),
             Self::F8E5m2 => plain(1, "F8_E5M2", None),
-            Self::Q4_0 => blocks(32, 18, (2, "Q4_0")),
-            Self::Q4_1 => blocks(32, 20, (3, "Q4_1")),
-            Self::Q5_0 => blocks(32, 22, (6, "Q5_0")),
-            Self::Q5_1 => blocks(32, 24, (7, "Q5_1")),
-            Self::Q8_0 => blocks(32, 34, (8, "Q8_0")),
-            Self::Q4K => blocks(256, 144, (12, "Q4_K")),
-            Self::Q5K => blocks(256, 176, (13, "Q5_K")),
-            Self::Q6K => blocks(256, 210, (14, "Q6_K")),
+            Self::Q4_0 => blocks("Q4_0", 32, 18, 2),
+            Self::Q4_1 => blocks("Q4_1", 32, 20, 3),
+            Self::Q5_0 => blocks("Q5_0", 32, 22, 6),
+            Self::Q5_1 => blocks("Q5_1", 32, 24, 7),
+            Self::Q8_0 => blocks("Q8_0", 32, 34, 8),
+            Self::Q4K => blocks("Q4_K", 256, 144, 12),
+            Self::Q5K => blocks("Q5_K", 256, 176, 13),
+            Self::Q6K => blocks("Q6_K", 256, 210, 14),
+            Self::Fp8Blocks => paired("FP8_BLOCKS", 1, 1),
+            Self::Mxfp4 => paired("MXFP4", 32, 17),
         }
     }
 
@@ -121,7 +136,7 @@ impl DType {
 
     /// Whether several elements share a scale.
     pub const fn is_block(self) -> bool {
-        self.block_elements() > 1
+        self.block_elements() > 1 || matches!(self, Self::Fp8Blocks)
     }
 
     /// The bytes of `elements` elements; `None` when they are no whole number of blocks or the answer overflows.
@@ -145,10 +160,7 @@ impl DType {
 
     /// The type number in a GGUF file; `None` for dtypes that GGUF lacks.
     pub const fn gguf_id(self) -> Option<u32> {
-        match self.layout().gguf {
-            Some((id, _)) => Some(id),
-            None => None,
-        }
+        self.layout().gguf
     }
 
     /// The dtype of a GGUF type number.
@@ -156,12 +168,9 @@ impl DType {
         ALL_DTYPES.into_iter().find(|dtype| dtype.gguf_id() == Some(id))
     }
 
-    /// The name in messages: that of safetensors, or of GGUF for block formats.
+    /// The name in messages: that of safetensors, or of GGUF for its block formats.
     pub const fn name(self) -> &'static str {
-        match self.layout() {
-            Layout { safetensors: Some(name), .. } | Layout { gguf: Some((_, name)), .. } => name,
-            Layout { .. } => "unnamed",
-        }
+        self.layout().name
     }
 }
 
@@ -182,7 +191,7 @@ pub struct TensorInfo {
     pub shape: Vec<usize>,
     /// The first byte, counted from the start of the file.
     pub offset: u64,
-    /// The length in bytes, equal to what shape and dtype demand.
+    /// The length in bytes, equal to what shape and dtype demand; scales that lie elsewhere are counted too.
     pub bytes: u64,
 }
 
@@ -206,8 +215,9 @@ mod tests {
             if let Some(id) = dtype.gguf_id() {
                 assert_eq!(DType::from_gguf_id(id), Some(dtype));
             }
-            assert_ne!(dtype.name(), "unnamed");
         }
+        let names: std::collections::BTreeSet<&str> = ALL_DTYPES.iter().map(|dtype| dtype.name()).collect();
+        assert_eq!(names.len(), ALL_DTYPES.len());
     }
 
     #[test]

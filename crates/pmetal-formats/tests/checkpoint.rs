@@ -264,6 +264,33 @@ fn llama_rows_are_put_back_into_half_split_order() {
 }
 
 #[test]
+fn rows_of_a_gguf_tensor_are_those_of_the_whole() {
+    // Four rows of two blocks of Q8_0 each, and rows that share a block.
+    let block = |scale: u8| [0x00, scale].into_iter().chain(0..32).collect::<Vec<u8>>();
+    let blocks: Vec<u8> = (0..8).flat_map(|index| block(0x30 + index)).collect();
+    let file = llama()
+        .data(&[0; 16])
+        .raw_tensor("blk.0.ffn_up.weight", &[64, 4], 8, 160)
+        .raw_tensor("blk.0.attn_q.bias", &[32], 8, 448)
+        .data(&[&blocks[..], &[0; 16], &block(0x38)].concat());
+    let (_scratch, checkpoint) = open_gguf(&file);
+    let checkpoint = checkpoint.unwrap();
+    for name in ["embed_tokens.weight", "layers.0.self_attn.q_proj.weight", "layers.0.mlp.up_proj.weight"] {
+        let name = format!("model.{name}");
+        let (whole, rows) = (checkpoint.read_f32(&name).unwrap(), checkpoint.info(&name).unwrap().shape[0]);
+        let row = whole.len() / rows;
+        for (start, end) in (0..rows).flat_map(|start| (start..=rows).map(move |end| (start, end))) {
+            let part = checkpoint.read_f32_rows(&name, start..end).unwrap();
+            assert_eq!(part, whole[start * row..end * row], "{name} {start}..{end}");
+        }
+        assert!(checkpoint.read_f32_rows(&name, 0..rows + 1).is_err());
+    }
+    let name = "model.layers.0.self_attn.q_proj.bias";
+    let whole = checkpoint.read_f32(name).unwrap();
+    assert_eq!(checkpoint.read_f32_rows(name, 3..7).unwrap(), whole[3..7]);
+}
+
+#[test]
 fn a_block_quantised_bias_is_put_back_into_order_value_by_value() {
     // Two heads of 16 rows in one block of Q8_0: a scale of 1/2 and the numbers from 0.
     let block: Vec<u8> = [0x00, 0x38].into_iter().chain(0..32).collect();

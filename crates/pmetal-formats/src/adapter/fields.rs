@@ -27,7 +27,7 @@ const WITHOUT_EFFECT: [&str; 9] = [
 
 /// Fields that change what an adapter computes and that are honoured only at their default, which is null, false or
 /// empty.
-const REFUSED_UNLESS_EMPTY: [&str; 16] = [
+const REFUSED_UNLESS_EMPTY: [&str; 15] = [
     "alora_invocation_tokens",
     "arrow_config",
     "ensure_weight_tying",
@@ -38,7 +38,6 @@ const REFUSED_UNLESS_EMPTY: [&str; 16] = [
     "megatron_config",
     "modules_to_save",
     "monteclora_config",
-    "target_parameters",
     "trainable_token_indices",
     "use_bdlora",
     "use_dora",
@@ -66,6 +65,10 @@ pub(super) fn parse(path: &Path, bytes: &[u8]) -> Result<AdapterConfig> {
         let message = "`target_modules` is missing or null; PEFT guesses it from the kind of model, here it must say which modules have adapters";
         Error::unsupported(path, message)
     })?;
+    config.target_parameters = match fields.take("target_parameters") {
+        None => Vec::new(),
+        Some(value) => fields.to_strings("target_parameters", &value)?,
+    };
     config.exclude_modules = fields.module_names("exclude_modules", false)?;
     config.use_rslora = fields.flag("use_rslora")?.unwrap_or(false);
     config.rank_pattern =
@@ -184,10 +187,7 @@ impl Fields<'_> {
             Some(Value::String(text)) if text.is_empty() && !all_linear => None,
             Some(Value::String(text)) => Some(ModuleNames::Pattern(text)),
             Some(value) => match self.to_strings(name, &value)? {
-                names if names.is_empty() && all_linear => {
-                    return self.refuse(format!("`{name}` is an empty list, it must name modules"));
-                }
-                names if names.is_empty() => None,
+                names if names.is_empty() && !all_linear => None,
                 names => Some(ModuleNames::List(names)),
             },
         })

@@ -154,6 +154,11 @@ impl Matcher {
     }
 }
 
+/// Whether `target_parameters` names that parameter.
+pub(super) fn is_parameter_of(config: &AdapterConfig, name: &str) -> bool {
+    config.target_parameters.iter().any(|target| is_name_or_end(target, name))
+}
+
 fn is_name_or_end(name: &str, module: &str) -> bool {
     module.strip_suffix(name).is_some_and(|before| before.is_empty() || before.ends_with('.'))
 }

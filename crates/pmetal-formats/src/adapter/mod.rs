@@ -80,8 +80,11 @@ pub struct AdapterConfig {
     pub lora_alpha: f64,
     /// The share of the adapter's input that is dropped in training.
     pub lora_dropout: f64,
-    /// Which modules have an adapter.
+    /// Which modules have an adapter; an empty list beside `target_parameters` for none.
     pub target_modules: ModuleNames,
+    /// Which parameters have an adapter that are no module's only matrix, such as the stacked experts of a layer: each
+    /// entry is a parameter's whole name, or its end behind a dot.
+    pub target_parameters: Vec<String>,
     /// Which of them have none after all; never [`ModuleNames::AllLinear`].
     pub exclude_modules: Option<ModuleNames>,
     /// Whether the scale is alpha / sqrt(rank).
@@ -119,6 +122,7 @@ impl AdapterConfig {
             lora_alpha,
             lora_dropout: 0.0,
             target_modules,
+            target_parameters: Vec::new(),
             exclude_modules: None,
             use_rslora: false,
             rank_pattern: Vec::new(),
@@ -191,6 +195,7 @@ impl AdapterConfig {
                 self.lora_dropout
             ));
         }
+        self.check_parameters().or_else(refuse)?;
         let by_list = matches!(self.target_modules, ModuleNames::List(_));
         if !by_list && (self.layers_to_transform.is_some() || !self.layers_pattern.is_empty()) {
             let message = "`layers_to_transform` and `layers_pattern` need `target_modules` to be a list";
@@ -203,6 +208,26 @@ impl AdapterConfig {
             return refuse("`exclude_modules` cannot be `all-linear`".to_owned());
         }
         self.matcher_at(path).map(|_| ())
+    }
+
+    fn check_parameters(&self) -> std::result::Result<(), String> {
+        if matches!(&self.target_modules, ModuleNames::List(names) if names.is_empty())
+            && self.target_parameters.is_empty()
+        {
+            return Err("`target_modules` is an empty list and `target_parameters` names nothing".to_owned());
+        }
+        if self.target_parameters.len() > MOST_PATTERNS {
+            let count = self.target_parameters.len();
+            return Err(format!("`target_parameters` has {count} entries, the most is {MOST_PATTERNS}"));
+        }
+        if !self.target_parameters.is_empty() && self.lora_dropout != 0.0 {
+            // The sum of a parameter and its adapter is what is multiplied with, so the adapter has no input of its own.
+            return Err(format!(
+                "`lora_dropout` is {}, which PEFT refuses beside `target_parameters`: it must be 0",
+                self.lora_dropout
+            ));
+        }
+        Ok(())
     }
 
     /// The adapter of one linear layer, `None` when it has none.
@@ -256,8 +281,22 @@ impl TargetMatcher {
         if !self.matcher.matches(&self.config, module, is_linear, is_output_head) {
             return None;
         }
-        let (rank, alpha) = self.matcher.rank_and_alpha(&self.config, module);
-        Some(self.config.shape(rank, alpha))
+        Some(self.shape_of(module))
+    }
+
+    /// The adapter that `target_parameters` gives one parameter, `None` when it has none.
+    ///
+    /// `name` is the parameter's whole name in the base model, such as `model.layers.0.mlp.experts.gate_up_proj`.
+    /// Patterns of ranks and alphas are held against it; `exclude_modules` and `layers_to_transform` do not count.
+    /// PEFT wants two or three dimensions, and refuses parameters of a module that [`Self::target`] gives an adapter
+    /// too, which is for the caller to see. [`parameter_tensor_name`] has the names of the tensors.
+    pub fn parameter(&self, name: &str) -> Option<LoraShape> {
+        matching::is_parameter_of(&self.config, name).then(|| self.shape_of(name))
+    }
+
+    fn shape_of(&self, name: &str) -> LoraShape {
+        let (rank, alpha) = self.matcher.rank_and_alpha(&self.config, name);
+        self.config.shape(rank, alpha)
     }
 }
 
@@ -276,6 +315,27 @@ pub enum LoraHalf {
 pub fn tensor_name(module: &str, half: LoraHalf) -> String {
     let letter = if half == LoraHalf::A { "A" } else { "B" };
     format!("{PREFIX}{module}.lora_{letter}.weight")
+}
+
+/// What PEFT puts between a module and its tensors once for each adapter of a parameter around it.
+const WRAPPED: &str = ".base_layer";
+
+/// PEFT's name of the tensor of a module's parameter that has an adapter by `target_parameters`.
+///
+/// PEFT wraps the module once for each such parameter, in the order in which the module declares them: the last one is
+/// outermost, at depth 0, the one before it at depth 1, and a single one always at 0.
+pub fn parameter_tensor_name(module_path: &str, depth_from_outermost: usize, half: LoraHalf) -> String {
+    tensor_name(&format!("{module_path}{}", WRAPPED.repeat(depth_from_outermost)), half)
+}
+
+/// A module's own path and the depth of [`parameter_tensor_name`], of a module as [`parse_tensor_name`] and
+/// [`modules_of`] give it; 0 for the module of an ordinary adapter too.
+pub fn parameter_depth(module: &str) -> (&str, usize) {
+    let mut path = module;
+    while let Some(shorter) = path.strip_suffix(WRAPPED).filter(|shorter| !shorter.is_empty()) {
+        path = shorter;
+    }
+    (path, (module.len() - path.len()) / WRAPPED.len())
 }
 
 /// The module and the half that a tensor's name stands for; `None` for a name that [`tensor_name`] does not make.

@@ -46,7 +46,7 @@ pub(super) fn to_json(config: &AdapterConfig) -> String {
         "rank_pattern": config.rank_pattern.iter().map(|(key, rank)| (key.clone(), json!(rank))).collect::<Map<_, _>>(),
         "revision": config.revision,
         "target_modules": names(&config.target_modules),
-        "target_parameters": null,
+        "target_parameters": if config.target_parameters.is_empty() { Value::Null } else { json!(config.target_parameters) },
         "task_type": config.task_type,
     });
     // In two halves: one literal of all fields is beyond the macro's recursion limit.

@@ -12,7 +12,7 @@ use serde::de::{self, Deserializer, MapAccess, Visitor};
 use super::{Checkpoint, Entry, Files, read_text};
 use crate::safetensors::SafetensorsFile;
 use crate::source::{json_fault, shown};
-use crate::{Error, Result};
+use crate::{Error, Result, TensorInfo};
 
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
@@ -88,11 +88,9 @@ pub(super) fn open(folder: &Path) -> Result<Checkpoint> {
 
 pub(super) fn open_single(folder: &Path, path: &Path) -> Result<Checkpoint> {
     let file = SafetensorsFile::open(path)?;
-    let entries = file
-        .tensors()
-        .iter()
-        .map(|info| (info.name.clone(), Entry { info: info.clone(), file: 0, stored: info.name.clone() }));
-    let entries = entries.collect();
+    let entries = file.tensors().iter().map(|info| (info.name.clone(), Entry::of_file(info, 0)));
+    let mut entries = entries.collect();
+    super::packed::join(folder, &mut entries)?;
     Ok(Checkpoint { path: folder.to_path_buf(), entries, files: Files::Folder(vec![file]) })
 }
 
@@ -121,8 +119,7 @@ fn open_shards(folder: &Path, index_path: &Path) -> Result<Checkpoint> {
         for info in file.tensors() {
             match index.weight_map.get(&info.name) {
                 Some(listed) if listed == name => {
-                    let entry = Entry { info: info.clone(), file: number, stored: info.name.clone() };
-                    entries.insert(info.name.clone(), entry);
+                    entries.insert(info.name.clone(), Entry::of_file(info, number));
                 }
                 Some(listed) => faults.push(format!(
                     "tensor `{}` is in `{name}`, and listed in `{}`",
@@ -143,7 +140,15 @@ fn open_shards(folder: &Path, index_path: &Path) -> Result<Checkpoint> {
         let more = if more > 0 { format!("; and {more} more") } else { String::new() };
         return Err(Error::malformed(index_path, "weight_map", format!("{}{more}", faults.join("; "))));
     }
+    super::packed::join(folder, &mut entries)?;
     Ok(Checkpoint { path: folder.to_path_buf(), entries, files: Files::Folder(files) })
+}
+
+impl Entry {
+    /// A tensor as the file of that number holds it.
+    fn of_file(info: &TensorInfo, file: usize) -> Self {
+        Self { info: info.clone(), file, stored: info.name.clone(), scales: None }
+    }
 }
 
 /// A shard's name must be the plain name of a safetensors file.

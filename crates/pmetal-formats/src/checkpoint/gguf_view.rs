@@ -1,6 +1,7 @@
 //! A GGUF file under Hugging Face names.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::path::Path;
 
 use super::{Checkpoint, Entry, Files};
@@ -48,6 +49,7 @@ pub(super) fn open(path: &Path) -> Result<Checkpoint> {
             info: TensorInfo { name: renamed.clone(), ..info.clone() },
             file: 0,
             stored: info.name.clone(),
+            scales: None,
         };
         if let Some(other) = entries.insert(renamed, entry) {
             let message = format!(
@@ -126,6 +128,26 @@ impl GgufView {
             Some(heads) => self.half_split(&values, info, heads),
             None => Ok(values),
         }
+    }
+
+    /// Some rows of the first dimension, which the tensor has.
+    pub(super) fn read_f32_rows(
+        &self,
+        stored: &str,
+        info: &TensorInfo,
+        range: Range<usize>,
+    ) -> Result<Vec<f32>> {
+        let row = info.elements() / info.shape.first().copied().unwrap_or(1).max(1);
+        let row_bytes = info.dtype.bytes_for(row as u64);
+        let (Some(row_bytes), None) = (row_bytes, self.rotated_heads(info)) else {
+            let values = self.read_f32(stored, info)?;
+            return Ok(values[range.start * row..range.end * row].to_vec());
+        };
+        let mut values = vec![0.0; range.len() * row];
+        let mut bytes = vec![0; range.len() * row_bytes as usize];
+        self.file.read_range_into(stored, range.start as u64 * row_bytes, &mut bytes)?;
+        blocks::dequantize(info.dtype, &bytes, &mut values).map_err(|error| error.of_tensor(&info.name))?;
+        Ok(values)
     }
 
     /// The heads of a tensor whose rows llama.cpp's converter has reordered.

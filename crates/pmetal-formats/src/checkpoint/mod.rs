@@ -3,10 +3,12 @@
 mod folder;
 mod gguf_config;
 mod gguf_view;
+mod packed;
 mod refuse;
 
 use std::collections::BTreeMap;
 use std::io::Read;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
@@ -41,8 +43,10 @@ struct Entry {
     info: TensorInfo,
     /// Index into the files of a folder.
     file: usize,
-    /// The name inside the file.
+    /// The name inside the file; of a tensor that is stored as two, the name of its codes.
     stored: String,
+    /// The scales of a tensor that is stored as two.
+    scales: Option<Box<packed::Scales>>,
 }
 
 impl Checkpoint {
@@ -86,6 +90,9 @@ impl Checkpoint {
     }
 
     /// Encoding and shape of a tensor.
+    ///
+    /// Two tensors of codes and scales, as FP8 and MXFP4 checkpoints have them, are one of [`crate::DType::Fp8Blocks`] or
+    /// [`crate::DType::Mxfp4`] here, whose shape is that of its values; [`Self::read_f32`] reads it.
     pub fn info(&self, name: &str) -> Option<&TensorInfo> {
         self.entries.get(name).map(|entry| &entry.info)
     }
@@ -93,10 +100,10 @@ impl Checkpoint {
     /// A tensor's bytes as stored, but for GGUF query and key rows, which are put back into half-split order.
     ///
     /// # Errors
-    /// There is no such tensor, reading fails, or rows to be reordered share blocks, as those of a block-quantised
-    /// bias do; [`Self::read_f32`] reads that.
+    /// There is no such tensor, reading fails, it is stored as codes and scales, or rows to be reordered share blocks,
+    /// as those of a block-quantised bias do; [`Self::read_f32`] reads those two.
     pub fn read_bytes(&self, name: &str) -> Result<Vec<u8>> {
-        let entry = self.entry(name)?;
+        let entry = self.entry(name)?.in_one()?;
         match &self.files {
             Files::Folder(files) => files[entry.file].read(&entry.stored),
             Files::Gguf(view) => view.read(&entry.stored, &entry.info),
@@ -108,7 +115,7 @@ impl Checkpoint {
     /// # Errors
     /// As [`Self::read_bytes`], or the buffer has another length.
     pub fn read_into(&self, name: &str, out: &mut [u8]) -> Result<()> {
-        let entry = self.entry(name)?;
+        let entry = self.entry(name)?.in_one()?;
         match &self.files {
             Files::Folder(files) => files[entry.file].read_into(&entry.stored, out),
             Files::Gguf(view) => {
@@ -124,12 +131,15 @@ impl Checkpoint {
         }
     }
 
-    /// The first bytes of a tensor as stored.
+    /// The first bytes of a tensor as stored; scales that lie elsewhere follow their codes.
     ///
     /// # Errors
     /// There is no such tensor, it is shorter, or reading fails.
     pub fn read_start(&self, name: &str, count: usize) -> Result<Vec<u8>> {
         let entry = self.entry(name)?;
+        if let (Files::Folder(files), Some(scales)) = (&self.files, &entry.scales) {
+            return entry.read_packed_start(files, scales, count);
+        }
         let mut bytes = vec![0; count];
         match &self.files {
             Files::Folder(files) => files[entry.file].read_range_into(&entry.stored, 0, &mut bytes)?,
@@ -144,13 +154,29 @@ impl Checkpoint {
     /// There is no such tensor, it holds no numbers that f32 can carry, or reading fails.
     pub fn read_f32(&self, name: &str) -> Result<Vec<f32>> {
         let entry = self.entry(name)?;
-        if let Files::Gguf(view) = &self.files {
-            return view.read_f32(&entry.stored, &entry.info);
+        match &self.files {
+            Files::Gguf(view) => view.read_f32(&entry.stored, &entry.info),
+            Files::Folder(files) => entry.read_f32_rows(files, 0..entry.rows()),
         }
-        let mut values = vec![0.0; entry.info.elements()];
-        blocks::dequantize(entry.info.dtype, &self.read_bytes(name)?, &mut values)
-            .map_err(|error| error.of_tensor(name))?;
-        Ok(values)
+    }
+
+    /// The values of some rows of a tensor's first dimension, such as one expert of stacked ones.
+    ///
+    /// No more is read and expanded than that, but for rows of GGUF queries and keys, which are reordered as a whole.
+    ///
+    /// # Errors
+    /// As [`Self::read_f32`], or the tensor has no such rows.
+    pub fn read_f32_rows(&self, name: &str, range: Range<usize>) -> Result<Vec<f32>> {
+        let entry = self.entry(name)?;
+        if entry.info.shape.is_empty() || range.start > range.end || range.end > entry.rows() {
+            let (name, shape) = (shown(name), &entry.info.shape);
+            let message = format!("tensor `{name}` of shape {shape:?} has no rows {range:?}");
+            return Err(Error::Conversion(message));
+        }
+        match &self.files {
+            Files::Gguf(view) => view.read_f32_rows(&entry.stored, &entry.info, range),
+            Files::Folder(files) => entry.read_f32_rows(files, range),
+        }
     }
 
     /// The model's configuration: `config.json`, or what a GGUF file's metadata amount to in its fields.
@@ -161,12 +187,8 @@ impl Checkpoint {
         if let Files::Gguf(view) = &self.files {
             return gguf_config::config(view);
         }
-        let path = self.path.join("config.json");
-        let text = self.read_text_file("config.json", CONFIG_BYTES)?;
-        let text = text.ok_or_else(|| Error::malformed(&path, "", "the model has no config.json"))?;
-        serde_json::from_str(&text).map_err(|error| {
-            let place = format!("line {}, column {}", error.line(), error.column());
-            Error::malformed(path, place, json_fault(&error))
+        folder_config(&self.path)?.ok_or_else(|| {
+            Error::malformed(self.path.join("config.json"), "", "the model has no config.json")
         })
     }
 
@@ -186,6 +208,49 @@ impl Checkpoint {
             .get(name)
             .ok_or_else(|| Error::malformed(&self.path, "", format!("there is no tensor `{}`", shown(name))))
     }
+}
+
+impl Entry {
+    /// The length of the first dimension; a scalar counts as one row.
+    fn rows(&self) -> usize {
+        self.info.shape.first().copied().unwrap_or(1)
+    }
+
+    /// The values of rows that the tensor has.
+    fn read_f32_rows(&self, files: &[SafetensorsFile], range: Range<usize>) -> Result<Vec<f32>> {
+        if let Some(scales) = &self.scales {
+            return self.read_packed(files, scales, range);
+        }
+        let elements = self.info.elements() / self.rows().max(1) * range.len();
+        let bytes = packed::read_rows(&files[self.file], &self.stored, self.rows(), range)?;
+        let mut values = vec![0.0; elements];
+        blocks::dequantize(self.info.dtype, &bytes, &mut values)
+            .map_err(|error| error.of_tensor(&self.info.name))?;
+        Ok(values)
+    }
+
+    /// Itself, if its bytes are those of one tensor.
+    fn in_one(&self) -> Result<&Self> {
+        if self.scales.is_none() {
+            return Ok(self);
+        }
+        let message = format!(
+            "tensor `{}` is {}, of which codes and scales are two tensors, so it has no bytes of its own",
+            shown(&self.info.name),
+            self.info.dtype
+        );
+        Err(Error::Conversion(message))
+    }
+}
+
+/// The `config.json` of a folder, `None` when it has none.
+fn folder_config(folder: &Path) -> Result<Option<Value>> {
+    let path = folder.join("config.json");
+    let Some(text) = read_text(&path, CONFIG_BYTES)? else { return Ok(None) };
+    serde_json::from_str(&text).map(Some).map_err(|error| {
+        let place = format!("line {}, column {}", error.line(), error.column());
+        Error::malformed(path, place, json_fault(&error))
+    })
 }
 
 /// A whole text file of at most `limit_bytes`, `None` when it does not exist.
