@@ -4,6 +4,7 @@
 `rope_theta` + `rope_scaling` + `torch_dtype`; new: `rope_parameters` + `dtype`). Sizes are tiny; the values that a
 careless reader would hard-code (eps, theta, head width, window) are unlike their defaults.
 """
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -29,10 +30,26 @@ class Case:
     ignored: list = field(default_factory=list)
     # Tensors that a following norm makes insensitive to scale; they are perturbed at random instead.
     scale_invariant: list = field(default_factory=list)
+    # Stores the adapter under the names of before transformers 5, one an expert.
+    adapter_by_expert: bool = False
     # Lets the padding id of the config occur as an ordinary token.
     padding_id_in_text: bool = False
     # Also writes the logits of the reference in bf16.
     narrow: bool = False
+    # (regular expression of names, distribution), first match wins, before the generator's own rules:
+    # ("normal", std), ("uniform", low, high), ("matrix", gain[, dimension that is summed over]).
+    grow: list = field(default_factory=list)
+    # Takes (case, weights by the reference's own saved names, generator) to the tensors of a released file.
+    release: Callable | None = None
+    # Writes the adapter of the whole multimodal model, whose names say `language_model`; else that of its text model.
+    adapts_whole: bool = False
+    # Names of tensors that stay f32 whatever the storage.
+    keeps_float32: list = field(default_factory=list)
+    # Names of tensors, each with the reason, that get no gradient, that do not even have an effect on the logits,
+    # and names of those that only choose, by rank.
+    without_gradient: dict = field(default_factory=dict)
+    without_effect: dict = field(default_factory=dict)
+    chooses: list = field(default_factory=list)
 
 
 DROP = object()
@@ -239,3 +256,9 @@ QWEN3_CASES = [
 ]
 
 CASES = LLAMA_CASES + MISTRAL_CASES + QWEN2_CASES + QWEN3_CASES
+
+# Written by what is above, hence the place of these imports.
+from fixture_cases_dense import DENSE_CASES  # noqa: E402
+from fixture_cases_experts import EXPERT_CASES  # noqa: E402
+
+CASES += DENSE_CASES + EXPERT_CASES

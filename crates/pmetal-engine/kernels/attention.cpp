@@ -4,7 +4,8 @@
 // share a key head. Query t sees keys key_begin[t] <= j < key_end[t]; key j is seen by no query outside query_begin[j] ..
 // query_end[j]. cap = 0: no softcap. Sinks f32 [H] or null take part in the denominator alone. log_sums f32 [Tq, H]; a query
 // that sees nothing gets zeros and minus infinity (its sink where there is one). No Tq x Tk buffer; two flops per visible
-// pair and element of key and value forward.
+// pair and element of key and value forward. chosen u32 [Tq, chosen_words] or null: of the keys that it sees, query t looks
+// at those alone whose bit is set: bit j % 32 of word j / 32 for key j.
 //
 // attention_forward  grid (Tq, H), one SIMD group       attention_delta  grid (Tq, H), one SIMD group: deltas f32 [Tq, H]
 // attention_d_query  grid (Tq, H), one SIMD group       attention_d_key  grid (Tk, K), one SIMD group
@@ -52,12 +53,31 @@ DEVICE float score(float product, float scale, float cap, LOCAL float& slope) {
     return cap * t;
 }
 
+// The first key from j on that a row of bits has, or one that is not below `end`; j itself where there are no bits.
+DEVICE int next_key(const GLOBAL uint* row, int j, int end) {
+    if (!row) return j;
+    while (j < end) {
+        uint rest = row[j / 32] >> j % 32;
+        if (rest == 0) {
+            j = (j / 32 + 1) * 32;
+            continue;
+        }
+        for (; !(rest & 1); rest >>= 1) ++j;
+        return j;
+    }
+    return j;
+}
+
 KERNEL(attention_forward)(GIVEN_POSITION
     const GLOBAL ELEMENT* q, const GLOBAL ELEMENT* k, const GLOBAL ELEMENT* v, GLOBAL ELEMENT* out,
     GLOBAL float* log_sums, const GLOBAL int* key_begin, const GLOBAL int* key_end, const GLOBAL float* sinks,
+    const GLOBAL uint* chosen,
     SCALAR(uint, group), SCALAR(uint, width), SCALAR(uint, value_width), SCALAR(uint, q_pitch), SCALAR(uint, k_pitch),
-    SCALAR(uint, v_pitch), SCALAR(uint, out_pitch), SCALAR(float, scale), SCALAR(float, cap)) {
+    SCALAR(uint, v_pitch), SCALAR(uint, out_pitch), SCALAR(float, scale), SCALAR(float, cap),
+    SCALAR(uint, chosen_words)) {
     uint t = GROUP_X, head = GROUP_Y, heads = GROUPS_Y;
+    if (chosen) chosen += (ulong64)t * chosen_words;
+    int end = key_end[t];
     Lane query = load_lane(HERE q + (ulong64)t * q_pitch + head * width, width), sum = zero_lane();
     k += (head / group) * width;
     v += (head / group) * value_width;
@@ -66,7 +86,7 @@ KERNEL(attention_forward)(GIVEN_POSITION
         top = sinks[head];
         total = 1.0f;
     }
-    for (int j = key_begin[t]; j < key_end[t]; ++j) {
+    for (int j = next_key(chosen, key_begin[t], end); j < end; j = next_key(chosen, j + 1, end)) {
         float s = score(dot(query, load_lane(HERE k + (ulong64)j * k_pitch, width)), scale, cap, slope);
         float higher = maximum(top, s), keep = exponential(top - higher), p = exponential(s - higher);
         Lane value = load_lane(HERE v + (ulong64)j * v_pitch, value_width);
@@ -93,16 +113,18 @@ KERNEL(attention_delta)(GIVEN_POSITION
 KERNEL(attention_d_query)(GIVEN_POSITION
     const GLOBAL ELEMENT* q, const GLOBAL ELEMENT* k, const GLOBAL ELEMENT* v, const GLOBAL ELEMENT* d_out,
     const GLOBAL float* log_sums, const GLOBAL float* deltas, const GLOBAL int* key_begin, const GLOBAL int* key_end,
-    GLOBAL ELEMENT* d_q, SCALAR(uint, group), SCALAR(uint, width), SCALAR(uint, value_width), SCALAR(uint, q_pitch),
+    const GLOBAL uint* chosen, GLOBAL ELEMENT* d_q, SCALAR(uint, group), SCALAR(uint, width), SCALAR(uint, value_width), SCALAR(uint, q_pitch),
     SCALAR(uint, k_pitch), SCALAR(uint, v_pitch), SCALAR(uint, d_out_pitch), SCALAR(uint, d_q_pitch),
-    SCALAR(float, scale), SCALAR(float, cap)) {
+    SCALAR(float, scale), SCALAR(float, cap), SCALAR(uint, chosen_words)) {
     uint t = GROUP_X, head = GROUP_Y, row = t * GROUPS_Y + head;
     Lane query = load_lane(HERE q + (ulong64)t * q_pitch + head * width, width), sum = zero_lane();
     Lane slope_out = load_lane(HERE d_out + (ulong64)t * d_out_pitch + head * value_width, value_width);
     k += (head / group) * width;
     v += (head / group) * value_width;
+    if (chosen) chosen += (ulong64)t * chosen_words;
+    int end = key_end[t];
     float slope;
-    for (int j = key_begin[t]; j < key_end[t]; ++j) {
+    for (int j = next_key(chosen, key_begin[t], end); j < end; j = next_key(chosen, j + 1, end)) {
         Lane key = load_lane(HERE k + (ulong64)j * k_pitch, width);
         float p = exponential(score(dot(query, key), scale, cap, slope) - log_sums[row]);
         float d_p = dot(slope_out, load_lane(HERE v + (ulong64)j * v_pitch, value_width));
@@ -115,10 +137,10 @@ KERNEL(attention_d_query)(GIVEN_POSITION
 KERNEL(attention_d_key)(GIVEN_POSITION
     const GLOBAL ELEMENT* q, const GLOBAL ELEMENT* k, const GLOBAL ELEMENT* v, const GLOBAL ELEMENT* d_out,
     const GLOBAL float* log_sums, const GLOBAL float* deltas, const GLOBAL int* key_begin, const GLOBAL int* key_end,
-    const GLOBAL int* query_begin, const GLOBAL int* query_end, GLOBAL ELEMENT* d_k, GLOBAL ELEMENT* d_v,
+    const GLOBAL uint* chosen, const GLOBAL int* query_begin, const GLOBAL int* query_end, GLOBAL ELEMENT* d_k, GLOBAL ELEMENT* d_v,
     SCALAR(uint, group), SCALAR(uint, width), SCALAR(uint, value_width), SCALAR(uint, q_pitch), SCALAR(uint, k_pitch),
     SCALAR(uint, v_pitch), SCALAR(uint, d_out_pitch), SCALAR(uint, d_k_pitch), SCALAR(uint, d_v_pitch),
-    SCALAR(float, scale), SCALAR(float, cap)) {
+    SCALAR(float, scale), SCALAR(float, cap), SCALAR(uint, chosen_words)) {
     int j = (int)GROUP_X;
     uint key_head = GROUP_Y, heads = GROUPS_Y * group;
     Lane key = load_lane(HERE k + (ulong64)j * k_pitch + key_head * width, width), key_sum = zero_lane();
@@ -126,6 +148,7 @@ KERNEL(attention_d_key)(GIVEN_POSITION
     float slope;
     for (int t = query_begin[j]; t < query_end[j]; ++t) {
         if (j < key_begin[t] || j >= key_end[t]) continue;
+        if (chosen && !(chosen[(ulong64)t * chosen_words + j / 32] >> j % 32 & 1)) continue;
         for (uint head = key_head * group; head < (key_head + 1) * group; ++head) {
             Lane query = load_lane(HERE q + (ulong64)t * q_pitch + head * width, width);
             Lane slope_out = load_lane(HERE d_out + (ulong64)t * d_out_pitch + head * value_width, value_width);

@@ -33,6 +33,11 @@ DEVICE float group_max(POSITION float x, SHARED_POINTER(float) scratch) {
     return simd_max(x);
 }
 
+// Where a row of `width` elements starts if `inner` of them follow each other and then the next begin a pitch apart.
+DEVICE uint row_start(uint row, uint inner, uint pitch, uint width) {
+    return (row / inner) * pitch + (row % inner) * width;
+}
+
 // Codes of e4m3, eight bits: sign, four bits of exponent, three of mantissa; see fp8.cpp.
 DEVICE uint portable_e4m3(float x) {
     uint bits = as_bits(x), sign = bits >> 24 & 0x80, size = bits & 0x7fffffffu;

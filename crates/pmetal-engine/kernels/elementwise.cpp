@@ -4,6 +4,8 @@
 // others state theirs. ALIGNED: columns, pitches and addresses are multiples of 8 elements and 16 bytes.
 //
 // convert_rows       out = x * factor (+ out when `accumulate`)
+// add_scaled         y = x + factor * y; SOURCE is ELEMENT
+// softcap            x = cap * tanh(x / cap); never ALIGNED
 // gather_rows        out[r] = x[indices[r]]
 // scatter_rows       out[indices[r]] = x[r]
 // embedding          out[t] = scale * table[ids[t]]: table SOURCE [V, D]; grid as convert_rows
@@ -38,6 +40,30 @@ KERNEL(convert_rows)(GIVEN_POSITION
     SCALAR(float, factor), SCALAR(uint, accumulate)) {
     ulong64 row = GROUP_X;
     move_row(HERE x + row * pitch, out + row * out_pitch, columns, factor, accumulate != 0);
+}
+
+KERNEL(add_scaled)(GIVEN_POSITION
+    const GLOBAL ELEMENT* x, GLOBAL ELEMENT* y, SCALAR(uint, columns), SCALAR(uint, pitch), SCALAR(uint, y_pitch),
+    SCALAR(float, factor)) {
+    x += (ulong64)GROUP_X * pitch;
+    y += (ulong64)GROUP_X * y_pitch;
+    uint start = (GROUP_Y * THREADS + THREAD) * 8;
+#if ALIGNED
+    if (start < columns) {
+        Eight a = load_eight(x + start), b = load_eight(y + start);
+        for (int j = 0; j < 8; ++j) a.v[j] += factor * b.v[j];
+        store_eight(a, y + start);
+    }
+#else
+    for (uint i = start; i < start + 8 && i < columns; ++i) narrow(widen(x[i]) + factor * widen(y[i]), y + i);
+#endif
+}
+
+KERNEL(softcap)(GIVEN_POSITION
+    GLOBAL ELEMENT* x, SCALAR(uint, columns), SCALAR(uint, pitch), SCALAR(float, cap)) {
+    x += (ulong64)GROUP_X * pitch;
+    uint start = (GROUP_Y * THREADS + THREAD) * 8;
+    for (uint i = start; i < start + 8 && i < columns; ++i) narrow(cap * hyperbolic_tangent(widen(x[i]) / cap), x + i);
 }
 
 KERNEL(gather_rows)(GIVEN_POSITION

@@ -12,10 +12,6 @@
 // rms_scales         grid rows: 1 / rms of each row to f32 scales [rows]
 // norm_weight_sums   grid (ceil(width / 128), parts), group 128: partial sums of d_out * x * scale to f32 [parts, width]
 
-DEVICE uint row_start(uint row, uint inner, uint pitch, uint width) {
-    return (row / inner) * pitch + (row % inner) * width;
-}
-
 KERNEL(rms_norm)(GIVEN_POSITION
     const GLOBAL ELEMENT* x, const GLOBAL WEIGHT* weight, GLOBAL ELEMENT* out, SCALAR(uint, width), SCALAR(uint, inner),
     SCALAR(uint, pitch), SCALAR(uint, out_pitch), SCALAR(float, epsilon), SCALAR(float, shift), SCALAR(uint, weighted)

@@ -67,6 +67,19 @@ pub(crate) fn rms_norm(x: &[f64], w: &[f64], width: usize, kind: NormWeight, eps
         .collect()
 }
 
+/// (x - mean) / sqrt(variance + epsilon) w + b of rows of a width; w and b are repeated, empty ones are absent.
+pub(crate) fn layer_norm(x: &[f64], w: &[f64], b: &[f64], width: usize, epsilon: f64) -> Vec<f64> {
+    let normed = x.chunks_exact(width).flat_map(|row| {
+        let mean = row.iter().sum::<f64>() / width as f64;
+        let rest: Vec<f64> = row.iter().map(|x| x - mean).collect();
+        let deviation = (dot(&rest, &rest) / width as f64 + epsilon).sqrt();
+        rest.into_iter().map(move |x| x / deviation)
+    });
+    let at = |weight: &[f64], index: usize| weight.get(index % weight.len().max(1)).copied();
+    let all = normed.enumerate();
+    all.map(|(index, x)| x * at(w, index).unwrap_or(1.0) + at(b, index).unwrap_or(0.0)).collect()
+}
+
 /// Turns pair i of every head of token t by the angle whose cosine and sine are at \[t, i\].
 pub(crate) fn rope(
     x: &[f64],
@@ -98,11 +111,52 @@ fn is_visible(parameters: &AttentionParameters, position: usize, key: usize) -> 
     causal && near && same_chunk
 }
 
+/// The keys of each query, by rows of tensors: of those that it sees the best `count`, the first of equal ones.
+pub(crate) fn best_keys(
+    parameters: &AttentionParameters,
+    segments: &[Segment],
+    [q, k, weights]: [&[f64]; 3],
+    [tokens, heads, count]: [usize; 3],
+) -> Vec<Vec<(usize, f64)>> {
+    let width = q.len() / (tokens * heads);
+    let mut best = vec![Vec::new(); tokens];
+    for segment in segments {
+        for query in 0..segment.query_length {
+            let (row, position) =
+                (segment.query_start + query, segment.key_length - segment.query_length + query);
+            let score = |key: usize| -> f64 {
+                let head = |head: usize| {
+                    let at = row * heads + head;
+                    weights[at] * dot(&q[at * width..][..width], &k[key * width..][..width]).max(0.0)
+                };
+                (0..heads).map(head).sum()
+            };
+            let seen = (0..segment.key_length).filter(|&key| is_visible(parameters, position, key));
+            let mut scores: Vec<(usize, f64)> =
+                seen.map(|key| segment.key_start + key).map(|key| (key, score(key))).collect();
+            scores.sort_by(|a, b| b.1.total_cmp(&a.1));
+            scores.truncate(count);
+            best[row] = scores;
+        }
+    }
+    best
+}
+
 /// Attention of every segment on its own; an empty `sinks` is absent. Queries are the last positions of the keys.
 pub(crate) fn attention(
     parameters: &AttentionParameters,
     segments: &[Segment],
+    inputs: [&[f64]; 4],
+) -> Vec<f64> {
+    attention_where(parameters, segments, inputs, &|_, _| true)
+}
+
+/// [`attention`] to those keys alone that `looks` names, by rows of queries and of keys.
+pub(crate) fn attention_where(
+    parameters: &AttentionParameters,
+    segments: &[Segment],
     [q, k, v, sinks]: [&[f64]; 4],
+    looks: &dyn Fn(usize, usize) -> bool,
 ) -> Vec<f64> {
     let (heads, groups) = (parameters.query_heads, parameters.key_value_heads);
     let (width, value_width) = (parameters.key_width, parameters.value_width);
@@ -114,6 +168,7 @@ pub(crate) fn attention(
             let key_row = |key: usize| (segment.key_start + key) * groups + head * groups / heads;
             let scores: Vec<(usize, f64)> = (0..segment.key_length)
                 .filter(|&key| is_visible(parameters, position, key))
+                .filter(|&key| looks(segment.query_start + query, segment.key_start + key))
                 .map(|key| {
                     let product = dot(&q[row * width..][..width], &k[key_row(key) * width..][..width]);
                     let score = product * f64::from(parameters.scale);
@@ -139,6 +194,7 @@ pub(crate) fn attention(
 pub(crate) fn gated(activation: GateActivation, gate: &[f64], up: &[f64]) -> Vec<f64> {
     let activate = |x: f64| match activation {
         GateActivation::Silu => x / (1.0 + (-x).exp()),
+        GateActivation::Sigmoid => 1.0 / (1.0 + (-x).exp()),
         GateActivation::GeluTanh => {
             let factor = (2.0 / std::f64::consts::PI).sqrt();
             0.5 * x * (1.0 + (factor * (x + 0.044715 * x.powi(3))).tanh())

@@ -11,7 +11,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use crate::aside::{Aside, Kept};
-use crate::device::{GradientCodes, Held, ScaledRows, WeightGradient};
+use crate::device::{GradientCodes, Held, Riding, ScaledRows, Share, WeightGradient};
 use crate::error::{Error, Result};
 use crate::memory::Category;
 use crate::{DType, Device, Parameter, Tensor};
@@ -55,6 +55,9 @@ pub struct Var {
     recipe: Option<Rc<Recipe>>,
     /// The value in eight bits, where whoever computed it was asked to round it as well.
     codes: Option<ScaledRows>,
+    /// Adapters whose product with the value lies in the columns that it has to spare. Whoever computed it adds their share
+    /// to its gradient.
+    riding: Option<Riding>,
 }
 
 /// How to compute a value again from values that are kept anyway, instead of keeping it.
@@ -109,7 +112,7 @@ impl Var {
 
     /// A value that needs no gradient.
     pub fn constant(tensor: Tensor) -> Self {
-        Self { tensor, slot: None, recipe: None, codes: None }
+        Self { tensor, slot: None, recipe: None, codes: None, riding: None }
     }
 
     /// The same value under another shape.
@@ -117,17 +120,26 @@ impl Var {
     /// # Errors
     /// [`crate::Error::Shape`] when the number of elements differs.
     pub fn reshape(self, shape: &[usize]) -> Result<Self> {
-        Ok(Self { tensor: self.tensor.reshape(shape)?, recipe: None, codes: None, ..self })
+        Ok(Self { tensor: self.tensor.reshape(shape)?, recipe: None, codes: None, riding: None, ..self })
     }
 
     /// Forgets how the value can be computed again, for users that overwrite it in place.
     pub fn detached_recipe(self) -> Self {
-        Self { recipe: None, codes: None, ..self }
+        Self { recipe: None, codes: None, riding: None, ..self }
     }
 
     /// The same value, with what it is in eight bits.
     pub(crate) fn with_codes(self, codes: Option<ScaledRows>) -> Self {
         Self { codes, ..self }
+    }
+
+    /// The same value, with a product in its spare columns.
+    pub(crate) fn with_riding(self, riding: Option<Riding>) -> Self {
+        Self { riding, ..self }
+    }
+
+    pub(crate) fn riding(&self) -> Option<&Riding> {
+        self.riding.as_ref()
     }
 
     pub(crate) fn codes(&self) -> Option<&ScaledRows> {
@@ -155,6 +167,8 @@ struct Arrived {
     gradient: Tensor,
     /// What it is in eight bits; lost when something is added to it.
     codes: Option<GradientCodes>,
+    /// What is to be added to it.
+    share: Option<Share>,
 }
 
 /// A gradient of a weight that is still to be computed, see [`WeightGradient`].
@@ -240,7 +254,35 @@ impl Gradients {
     /// [`Self::take`], with what the gradient is in eight bits where that is known.
     pub(crate) fn take_with_codes(&mut self, slot: usize) -> Option<(Tensor, Option<GradientCodes>)> {
         let arrived = self.slots.get_mut(slot).and_then(Option::take)?;
+        assert!(arrived.share.is_none(), "only who says that a product rides on its value is given a share");
         Some((arrived.gradient, arrived.codes))
+    }
+
+    /// [`Self::take`] by who said [`Var::with_riding`], with what is not in the gradient yet.
+    pub(crate) fn take_with_share(&mut self, slot: usize) -> Option<(Tensor, Option<Share>)> {
+        let arrived = self.slots.get_mut(slot).and_then(Option::take)?;
+        Some((arrived.gradient, arrived.share))
+    }
+
+    /// [`Self::add`] to a value's slot for which [`Var::riding`] is known, with what is not in the gradient yet.
+    ///
+    /// # Errors
+    /// As [`Self::add`].
+    pub(crate) fn add_with_share(&mut self, slot: usize, mut gradient: Tensor, share: Share) -> Result<()> {
+        if self.slots[slot].is_some() {
+            share.add_to(&mut gradient)?;
+            return self.add(slot, gradient);
+        }
+        self.slots[slot] = Some(Arrived { gradient, codes: None, share: Some(share) });
+        Ok(())
+    }
+
+    /// Adds a slot's share to its gradient before somebody else adds to that.
+    fn settle_share(&mut self, slot: usize) -> Result<()> {
+        match self.slots[slot].as_mut().and_then(|arrived| arrived.share.take().zip(Some(arrived))) {
+            Some((share, arrived)) => share.add_to(&mut arrived.gradient),
+            None => Ok(()),
+        }
     }
 
     /// [`Self::add`] of a gradient of which it is known what it is in eight bits.
@@ -256,7 +298,7 @@ impl Gradients {
         if self.slots[slot].is_some() {
             return self.add(slot, gradient);
         }
-        self.slots[slot] = Some(Arrived { gradient, codes });
+        self.slots[slot] = Some(Arrived { gradient, codes, share: None });
         Ok(())
     }
 
@@ -265,6 +307,7 @@ impl Gradients {
     /// # Errors
     /// Out of memory when the slot's tensor is shared and must be copied first.
     pub fn add(&mut self, slot: usize, gradient: Tensor) -> Result<()> {
+        self.settle_share(slot)?;
         let sum = match self.take(slot) {
             None => gradient,
             Some(held) => {
@@ -282,7 +325,7 @@ impl Gradients {
                 target
             }
         };
-        self.slots[slot] = Some(Arrived { gradient: sum, codes: None });
+        self.slots[slot] = Some(Arrived { gradient: sum, codes: None, share: None });
         Ok(())
     }
 
@@ -297,6 +340,7 @@ impl Gradients {
         (like, shape, spare): (&Tensor, &[usize], usize),
         write: impl FnOnce(&mut Tensor, bool) -> Result<()>,
     ) -> Result<()> {
+        self.settle_share(slot)?;
         let (mut target, accumulate) = match self.take(slot) {
             Some(held) => {
                 if self.is_pending(&held) {
@@ -307,7 +351,7 @@ impl Gradients {
             None => (fresh_gradient(like, shape, spare)?, false),
         };
         write(&mut target, accumulate)?;
-        self.slots[slot] = Some(Arrived { gradient: target, codes: None });
+        self.slots[slot] = Some(Arrived { gradient: target, codes: None, share: None });
         Ok(())
     }
 
@@ -322,11 +366,12 @@ impl Gradients {
         (like, shape, spare): (&Tensor, &[usize], usize),
         write: impl FnOnce(&mut Tensor, Held<'_>) -> Result<()>,
     ) -> Result<()> {
+        self.settle_share(slot)?;
         match self.slots[slot].take() {
             Some(held) if self.is_pending(&held.gradient) => {
                 let mut sum = fresh_gradient(like, shape, spare)?;
                 write(&mut sum, Held::Other(&held.gradient.reshape(shape)?))?;
-                self.slots[slot] = Some(Arrived { gradient: sum, codes: None });
+                self.slots[slot] = Some(Arrived { gradient: sum, codes: None, share: None });
                 Ok(())
             }
             other => {
@@ -391,7 +436,7 @@ impl Tape {
     /// Marks a value as one whose gradient is wanted.
     pub fn leaf(&self, tensor: Tensor) -> Var {
         let slot = self.record.as_ref().map(|record| record.borrow_mut().new_slot());
-        Var { tensor, slot, recipe: None, codes: None }
+        Var { tensor, slot, recipe: None, codes: None, riding: None }
     }
 
     /// Wraps an operation's output. `wanted` says whether any input has a slot or anything is trained;
@@ -403,7 +448,7 @@ impl Tape {
             record.nodes.push(backward(slot));
             slot
         });
-        Var { tensor, slot, recipe: None, codes: None }
+        Var { tensor, slot, recipe: None, codes: None, riding: None }
     }
 
     /// [`Self::push`] of an operation with several outputs.
@@ -425,6 +470,7 @@ impl Tape {
             slot: slots.as_ref().map(|slots| slots[index]),
             recipe: None,
             codes: None,
+            riding: None,
         };
         tensors.into_iter().enumerate().map(var).collect()
     }
@@ -480,7 +526,7 @@ impl Tape {
     fn run_backward(&self, root: Option<usize>, gradient: Tensor) -> Result<Gradients> {
         let mut gradients = self.no_gradients();
         match root {
-            Some(slot) => gradients.slots[slot] = Some(Arrived { gradient, codes: None }),
+            Some(slot) => gradients.slots[slot] = Some(Arrived { gradient, codes: None, share: None }),
             None => drop(gradient),
         }
         self.run_nodes(gradients)

@@ -64,6 +64,7 @@ fn tests_on(device: &str) -> usize {
     let own = [
         "device::gpu::cuda::tests::",
         "device::gpu::attention::tests::",
+        "device::gpu::experts::matrix::tests::",
         "device::gpu::weight_gradients::tests::",
     ];
     let belongs = |name: &str| {

@@ -60,7 +60,7 @@ fn rules(max_tokens: usize) -> StopRules {
 #[test]
 fn replayed_steps_continue_texts_as_transformers_does() {
     let Some(device) = emulator() else { return };
-    // One of each kind of angles, masks and norms; a GPU is given all by `pmetal verify`.
+    // One of each kind of angles, masks and norms, and a choice of keys; a GPU is given all by `pmetal verify`.
     let names = [
         "llama31-rope",
         "llama-rope-dynamic",
@@ -68,6 +68,7 @@ fn replayed_steps_continue_texts_as_transformers_does() {
         "mistral-window",
         "qwen2-tied",
         "qwen3",
+        "deepseek-v32",
     ];
     for folder in names.map(fixture) {
         let decoder = decoder_on(&folder, &device, DType::F32);

@@ -252,8 +252,8 @@ fn released_configurations_are_understood() {
 fn model_types_are_looked_up_exactly() {
     let case = Case::new("llama2");
     case.without("model_type", "`model_type` is missing");
-    for value in ["Llama", "llama4", "llama ", "", "qwen", "../llama"] {
-        case.with("model_type", json!(value), &format!("model_type `{value}` is not one of llama, mistral"));
+    for value in ["Llama", "llama5", "llama ", "", "qwen", "../llama"] {
+        case.with("model_type", json!(value), &format!("model_type `{value}` is not one of cohere, cohere2"));
     }
     case.with("model_type", json!(["llama"]), "`model_type` is [\"llama\"], expected a string");
 }

@@ -2,12 +2,16 @@
 #![allow(clippy::disallowed_methods)] // tests prepare files as they like
 #![allow(clippy::unwrap_used, clippy::panic)] // a test that fails may panic, also in its helpers
 
+mod support;
+
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use pmetal::engine::{DType, Device, Tape, Tensor};
 use pmetal::eval::verify::{Report, verify};
 use pmetal::formats::safetensors::SafetensorsFile;
 use pmetal::generate::Session;
+use pmetal::models::families::FAMILIES;
 use pmetal::models::loader::{self, LoadOptions};
 use pmetal::models::{Decoder, Forward, TokenRun};
 use rayon::prelude::*;
@@ -17,7 +21,7 @@ fn fixtures() -> Vec<PathBuf> {
     let entries = std::fs::read_dir(root).unwrap().map(|entry| entry.unwrap().path());
     let mut folders: Vec<PathBuf> = entries.filter(|path| path.is_dir()).collect();
     folders.sort();
-    assert!(folders.len() >= 23, "only {} fixtures are there", folders.len());
+    assert!(folders.len() >= 60, "only {} fixtures are there", folders.len());
     folders
 }
 
@@ -74,7 +78,40 @@ fn bf16_logits_are_as_good_as_those_of_transformers() {
             assert!(comparison.max_abs_error > 0.0, "{}", name_of(&folder));
         }
     }
-    assert!(compared >= 4, "only {compared} fixtures hold bf16 logits");
+    assert!(compared >= 20, "only {compared} fixtures hold bf16 logits");
+}
+
+/// The table of README.md: every family, and what proves it.
+fn table() -> String {
+    let mut rows: BTreeMap<&str, Vec<String>> = BTreeMap::new();
+    for folder in fixtures() {
+        let config = pmetal::models::Config::new(support::read_json(&folder.join("config.json"))).unwrap();
+        let model_type = config.model_type().unwrap();
+        let family = FAMILIES.iter().find(|family| family.model_type == model_type);
+        rows.entry(family.unwrap().model_type).or_default().push(format!("`{}`", name_of(&folder)));
+    }
+    let mut lines = vec!["| family | `model_type` | fixtures |".to_owned(), "| --- | --- | --- |".to_owned()];
+    for family in FAMILIES {
+        let proofs = rows.get(family.model_type);
+        let proofs = proofs.unwrap_or_else(|| panic!("nothing proves `{}`", family.model_type)).join(", ");
+        lines.push(format!("| {} | `{}` | {proofs} |", family.name, family.model_type));
+    }
+    lines.join("\n") + "\n"
+}
+
+#[test]
+fn readme_lists_the_families_that_fixtures_prove() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../README.md");
+    let text = std::fs::read_to_string(&path).unwrap();
+    let (before, rest) = text.split_once("<!-- families -->\n").unwrap();
+    let (held, after) = rest.split_once("<!-- end of families -->").unwrap();
+    let table = table();
+    if std::env::var_os("PMETAL_WRITE_README").is_some() {
+        let whole = format!("{before}<!-- families -->\n{table}<!-- end of families -->{after}");
+        std::fs::write(&path, whole).unwrap();
+    } else {
+        assert_eq!(held, table, "PMETAL_WRITE_README=1 makes this test write the table");
+    }
 }
 
 fn copy_folder(from: &Path, to: &Path) {
@@ -183,7 +220,7 @@ fn cached_decoding_equals_a_full_forward_pass_at_every_length() {
     let (mut windows, mut epochs) = (0, 0);
     for folder in fixtures() {
         let (decoder, ids) = decoder_of(&folder);
-        let window = decoder.spec.layers.iter().filter_map(|layer| layer.attention.window).min();
+        let window = decoder.spec.layers.iter().filter_map(|layer| layer.attention.mask.window).min();
         windows += usize::from(window.is_some_and(|window| window < ids.len()));
         let epoch = |length| decoder.spec.ropes.iter().map(|rope| rope.epoch(length)).collect::<Vec<_>>();
         epochs += usize::from(epoch(1) != epoch(ids.len()));

@@ -146,7 +146,8 @@ fn measure(
     let options = LoadOptions { dtype, train_all: arguments.full };
     let mut decoder = loader::random_base(config, device, options, base, 0)?;
     if !arguments.full {
-        let adapter = AdapterConfig::all_linear(arguments.lora_r, 2.0 * arguments.lora_r as f64);
+        let mut adapter = AdapterConfig::all_linear(arguments.lora_r, 2.0 * arguments.lora_r as f64);
+        pmetal::lora::experts::target(&mut adapter, &decoder);
         pmetal::lora::attach(&mut decoder, &adapter, 0)?;
     }
     let (vocabulary, parameters) = (decoder.spec.vocabulary, decoder.spec.parameter_count());

@@ -1,9 +1,13 @@
 // Attention backward for compute capability 9.0 (architecture sm_90a): wgmma, tensor copies, one warpgroup that fetches and two that
-// compute, each 64 keys of a block of 128. Needs attention_common.cuh, attention_hopper.cuh and attention_prepare.cu in front.
+// compute, each 64 keys of a block of 128, or one of a block of 64. Needs attention_common.cuh, attention_hopper.cuh and
+// attention_prepare.cu in front.
 //
 // Option (-D) BACKWARD_CLUSTER (default 1), a divisor of H / K up to 8, 1 where E or Ev is above 128: so many blocks share the query heads
 // of a group and add up dk and dv through each other's shared memory. It pays where K * ceil(Tk / 128) blocks leave half of the card idle.
-// Tp = ceil(Tq / 128) * 128; pieces Ne = ceil(E / 64), Nv = ceil(Ev / 64); BACKWARD_QUERIES = Ne == 1 && Nv == 1 ? 128 : 64;
+// Option BACKWARD_CONSUMERS (default 2): 1, for Ne == 1 && Nv == 1 alone, makes blocks of 64 keys, of which a multiprocessor holds two. It
+// pays where the longest block takes longer than its share of the whole.
+// Tp = ceil(Tq / 128) * 128; pieces Ne = ceil(E / 64), Nv = ceil(Ev / 64); BACKWARD_QUERIES = Ne == 1 && Nv == 1 && BACKWARD_CONSUMERS == 2 ?
+// 128 : 64; KEYS = 64 * BACKWARD_CONSUMERS;
 // STAGES = Ne + Nv <= 6 ? 2 : 1; SWEEPS = Ne <= 2 && Nv <= 2 ? 1 : 2.
 // Workspace: row_log f32 [H, Tp], row_delta f32 [H, Tp], row_bounds i32 [2, Tp], each aligned to 16 bytes; for the atomic form
 // dq_sums f32 [H * Tp * Ne * 64], aligned to 16 bytes.
@@ -12,11 +16,11 @@
 // there are sinks also attention_backward_sinks):
 // 1 attention_backward_prepare (attention_prepare.cu), compiled with this text: it sizes dq_sums by Ne * 64.
 // 2 attention_backward_hopper(q_map, k_map, v_map, d_out_map: tensor maps by value (see attention_hopper.cuh) over
-//     [rows, heads, width]; box rows BACKWARD_QUERIES for q and d_out, 128 for k and v; then dk u16*, dk_pitch i32, dv u16*,
+//     [rows, heads, width]; box rows BACKWARD_QUERIES for q and d_out, KEYS for k and v; then dk u16*, dk_pitch i32, dv u16*,
 //     dv_pitch i32, row_log f32*, row_delta f32*, row_bounds i32*, dq_sums f32*, query_begin i32*, query_end i32* [Tk],
 //     query_rows i32, key_rows i32, query_heads i32, key_heads i32, scale f32, softcap f32)
-//   grid (K * BACKWARD_CLUSTER, ceil(Tk / 128), SWEEPS), block 384, dynamic shared memory
-//   (Ne + Nv) * (16384 + STAGES * 128 * BACKWARD_QUERIES) + (512 + 16 * STAGES) * BACKWARD_QUERIES + 1024 bytes.
+//   grid (K * BACKWARD_CLUSTER, ceil(Tk / KEYS), SWEEPS), block 128 + 2 * KEYS, dynamic shared memory
+//   (Ne + Nv) * (128 * KEYS + STAGES * 128 * BACKWARD_QUERIES) + (4 * KEYS + 16 * STAGES) * BACKWARD_QUERIES + 1024 bytes.
 // 3 attention_backward_hopper_convert(dq_sums f32*, dq u16*, dq_pitch i32, query_rows i32, query_heads i32, scale f32)
 //   grid (H, Tp / 64, Ne), block 128, no dynamic shared memory.
 // 4 attention_backward_hopper_keys: parameters, grid, block and shared memory of 2; dq_sums is not touched and may be null.
@@ -28,7 +32,7 @@
 //   1 document of 8192, same heads: 2921 us, 470 TFLOP/s; 4867 us (2843 us)
 //   9 documents of 60 to 1500, same heads, T 8209: 702 us, 297 TFLOP/s; 974 us
 //   4 documents of 2048, H 32, K 8, E 64: 453 us, 379 TFLOP/s; 669 us (565 us)
-//   4 documents of 512, H 9, K 3, E 64: 31 us with BACKWARD_CLUSTER 3, 43 us without; 42 us (36 us)
+//   4 documents of 512, H 9, K 3, E 64: 31 us with BACKWARD_CLUSTER 3, 43 us without, 3 us less with BACKWARD_CONSUMERS 1; 42 us (36 us)
 //   16 documents of 512, H 32, K 8, E 128: 416 us; 462 us (434 us); clusters of 2 or 4 are slower from here on
 //   2 documents of 2048, H 16, E 192 and Ev 128: 350 us, 319 TFLOP/s; 623 us (356 us)
 //   2 documents of 2048, H 8, K 4, E 256: 360 us, 239 TFLOP/s; 497 us (337 us)
@@ -37,15 +41,21 @@
 #define BACKWARD_CLUSTER 1
 #endif
 
+#ifndef BACKWARD_CONSUMERS
+#define BACKWARD_CONSUMERS 2
+#endif
+constexpr int CONSUMERS = BACKWARD_CONSUMERS;
+
 // Sums of dk and dv for 64 keys a warpgroup fit in registers together up to 128 columns each; for wider heads one block takes dk and
 // dq, another dv.
 constexpr bool ONE_SWEEP = KEY_PIECES <= 2 && VALUE_PIECES <= 2;
 constexpr int STAGES = KEY_PIECES + VALUE_PIECES <= 6 ? 2 : 1;
 static_assert(ONE_SWEEP || BACKWARD_CLUSTER == 1, "only blocks that hold both sums share a group");
 
-constexpr int BLOCK_KEYS = 128;
-constexpr int TILE_QUERIES = KEY_PIECES == 1 && VALUE_PIECES == 1 ? 128 : 64;
-constexpr int BACKWARD_THREADS = 384;
+constexpr int BLOCK_KEYS = 64 * CONSUMERS;
+constexpr int TILE_QUERIES = KEY_PIECES == 1 && VALUE_PIECES == 1 && CONSUMERS == 2 ? 128 : 64;
+constexpr int BACKWARD_THREADS = 128 * (CONSUMERS + 1);
+static_assert(CONSUMERS == 2 || (KEY_PIECES == 1 && VALUE_PIECES == 1), "one warpgroup has the narrowest heads alone");
 constexpr int KEY_PIECE_BYTES = BLOCK_KEYS * 128;
 constexpr int QUERY_PIECE_BYTES = TILE_QUERIES * 128;
 constexpr int STAGE_BYTES = (KEY_PIECES + VALUE_PIECES) * QUERY_PIECE_BYTES;
@@ -60,9 +70,9 @@ constexpr int CONTROL_AT = ROWS_AT + STAGES * 4 * ROW_BYTES;
 // Barriers, by their place after CONTROL_AT in units of 8 bytes; rings have two slots. The rows' numbers come with the queries.
 constexpr int KEYS_FULL = 0, QUERY_FULL = 1, QUERY_EMPTY = 3, OUT_FULL = 5, OUT_EMPTY = 7;
 
-// dq of a tile of queries falls into units of 64 x 64, shared by the two warpgroups.
+// dq of a tile of queries falls into units of 64 x 64, shared by the warpgroups.
 constexpr int DQ_UNITS = TILE_QUERIES / 64 * KEY_PIECES;
-constexpr int UNITS_EACH = (DQ_UNITS + 1) / 2;
+constexpr int UNITS_EACH = (DQ_UNITS + CONSUMERS - 1) / CONSUMERS;
 constexpr int SCORES = TILE_QUERIES / 2;
 constexpr int STEPS = TILE_QUERIES / 16;
 // A tile of 128 queries leaves no registers for starting dv before the gradients of the scores are known.
@@ -276,7 +286,8 @@ INLINE float4 load_from_block(u32 address, int rank) {
 INLINE void store_cluster_sums(u32 base, half_bits* dk, int dk_pitch, half_bits* dv, int dv_pitch, int first_key, int key_rows,
                                          float scale) {
     int rank = blockIdx.x % BACKWARD_CLUSTER;
-    for (int index = rank * 256 + threadIdx.x - 128; index < BLOCK_KEYS * SUM_WIDTH / 8; index += BACKWARD_CLUSTER * 256) {
+    constexpr int THREADS = 128 * CONSUMERS;
+    for (int index = rank * THREADS + threadIdx.x - 128; index < BLOCK_KEYS * SUM_WIDTH / 8; index += BACKWARD_CLUSTER * THREADS) {
         int row = index / (SUM_WIDTH / 8), column = index % (SUM_WIDTH / 8) * 8;
         u32 address = base + (row * SUM_PITCH + column) * 4;
         float4 low = make_float4(0.0f, 0.0f, 0.0f, 0.0f), high = low;
@@ -337,7 +348,7 @@ INLINE void share_gradients(const u32 (&packed)[STEPS][4], const BackwardPlace& 
             *(u32*)(dynamic_shared + offset + n / 8 * KEY_PIECE_BYTES + (at.lane_row + half * 8) * 128 +
                     (((n % 8) ^ (at.lane_row & 7)) << 4) + (at.lane & 3) * 4) = packed[n / 2][n % 2 * 2 + half];
     fence_shared_for_engines();
-    named_sync(1, 256);
+    named_sync(1, 128 * CONSUMERS);
 }
 
 INLINE void issue_unit(float (&sums)[32], const BackwardPlace& at, int unit) {
@@ -420,7 +431,7 @@ template <bool VALUES, bool KEYS>
 INLINE void store_block(const float (&key_sums)[KEY_PIECES * 32], const float (&value_sums)[VALUE_PIECES * 32],
                                   const BackwardPlace& at, const BackwardTargets& to) {
     // Both warpgroups read all keys for dq: only now may the sums take their place.
-    named_sync(1, 256);
+    named_sync(1, 128 * CONSUMERS);
     if (BACKWARD_CLUSTER > 1) {
         leave_sums(key_sums, 0, at.lane_row, at.lane);
         leave_sums(value_sums, KEY_PIECES * 64, at.lane_row, at.lane);
@@ -486,9 +497,9 @@ INLINE void backward_block(const TensorMap& q_map, const TensorMap& k_map, const
         barrier_initialise(barriers + KEYS_FULL * 8, 1);
         for (int slot = 0; slot < 2; ++slot) {
             barrier_initialise(barriers + (QUERY_FULL + slot) * 8, 1);
-            barrier_initialise(barriers + (QUERY_EMPTY + slot) * 8, 8);
+            barrier_initialise(barriers + (QUERY_EMPTY + slot) * 8, 4 * CONSUMERS);
             barrier_initialise(barriers + (OUT_FULL + slot) * 8, 1);
-            barrier_initialise(barriers + (OUT_EMPTY + slot) * 8, 8);
+            barrier_initialise(barriers + (OUT_EMPTY + slot) * 8, 4 * CONSUMERS);
         }
         fence_barrier_initialisation();
     }
@@ -500,7 +511,7 @@ INLINE void backward_block(const TensorMap& q_map, const TensorMap& k_map, const
         if (threadIdx.x == 0)
             backward_fetch(q_map, k_map, v_map, d_out_map, base, row_log, row_delta, row_bounds, padded_rows, range);
     } else {
-        take_registers<240>();
+        take_registers<(CONSUMERS == 2 ? 240 : 232)>();
         BackwardTargets to = {dk + range.key_head * HEAD_WIDTH, dv + range.key_head * VALUE_WIDTH, dk_pitch, dv_pitch, key_rows};
         if (ONE_SWEEP)
             backward_compute<true, true, WITH_QUERIES>(base, to, dq_sums, range, query_rows, padded_rows, scale, softcap);
@@ -517,7 +528,7 @@ INLINE void backward_block(const TensorMap& q_map, const TensorMap& k_map, const
 #define BACKWARD_CLUSTER_SHAPE
 #endif
 #define BACKWARD_HOPPER(NAME, WITH_QUERIES)                                                                                          \
-    extern "C" __global__ void BACKWARD_CLUSTER_SHAPE __launch_bounds__(BACKWARD_THREADS, 1) NAME(                                   \
+    extern "C" __global__ void BACKWARD_CLUSTER_SHAPE __launch_bounds__(BACKWARD_THREADS, 3 - CONSUMERS) NAME(                       \
         const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map,   \
         const __grid_constant__ TensorMap d_out_map, half_bits* __restrict__ dk, int dk_pitch, half_bits* __restrict__ dv,           \
         int dv_pitch, const float* __restrict__ row_log, const float* __restrict__ row_delta, const int* __restrict__ row_bounds,    \

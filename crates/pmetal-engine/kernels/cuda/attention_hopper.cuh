@@ -1,5 +1,5 @@
-// Hopper's warpgroup products, the tensor copy engine and shared-memory barriers. Needs attention_common.cuh in front and
-// the architecture sm_90a. Tiles lie in pieces of 64 columns: [piece][row][64], rows of 128 bytes, swizzled by 128 bytes, each
+// Hopper's warpgroup products, the tensor copy engine and shared-memory barriers. Needs tiles.cuh in front, attention_common.cuh
+// as well for attention, and the architecture sm_90a. Tiles lie in pieces of 64 columns: [piece][row][64], rows of 128 bytes, swizzled by 128 bytes, each
 // piece aligned to 1024 bytes; that is what a tensor map with a box of (64, 1, rows) and CU_TENSOR_MAP_SWIZZLE_128B writes.
 //
 // Tensor maps (CUtensorMap, 128 bytes, aligned to 64, passed by value) of every matrix here are encoded by
@@ -14,9 +14,11 @@
 #define WGMMA_TYPES "bf16.bf16"
 #endif
 
+#ifdef HEAD_WIDTH
 constexpr int KEY_PIECES = (HEAD_WIDTH + 63) / 64;
 constexpr int VALUE_PIECES = (VALUE_WIDTH + 63) / 64;
 #define DQ_SUM_WIDTH (KEY_PIECES * 64)
+#endif
 
 struct __align__(64) TensorMap {
     unsigned char opaque[128];

@@ -1,13 +1,18 @@
 // Gradients of thin matrices, several in one launch: out += scale * sum over t of wide[t, .] thin[t, .], in f32, for up to 16
 // products of a matrix [T, W] with one [T, S] of at most 64 columns. Compute capability 8.0 and above. Needs tiles.cuh in front.
 //
-// weight_gradients(16 x Product, count u32, T u32, partials f32*, counters u32*)
-//   grid (blocks, splits), blocks = sum over products of ceil(W / 128); block 128, dynamic shared memory 48 kB.
+// weight_gradients(first blocks of all products u32 [16], 16 x Product, count u32, T u32, partials f32*, counters u32*)
+//   grid (blocks, splits), blocks = sum over products of ceil(W / 128); block 128, dynamic shared memory 48 kB or more.
 // Pointers are aligned to 16 bytes, pitches are multiples of 8 elements. Element (w, s) of an output is at
-// w * wide_stride + s * thin_stride. With splits > 1, each split sums a part of the tokens; the last block of a tile to
-// finish adds the parts in their order, so that results do not change from run to run. It needs `partials` f32
+// w * wide_stride + s * thin_stride. With splits > 1, each split sums a part of the tokens, and the parts are added in their
+// order, so that results do not change from run to run: with CLUSTER=splits (-D, compute capability 9.0) by the blocks of a
+// cluster, which read each other's shared memory; else by the last block of a tile to finish, which needs `partials` f32
 // [blocks, splits, 8192] and `counters` u32 [blocks], which are zero before and after.
 // Bytes: wide and thin once, the outputs read and written.
+
+#ifndef CLUSTER
+#define CLUSTER 1
+#endif
 
 struct Product {
     const half_bits* wide;
@@ -17,8 +22,11 @@ struct Product {
     u32 wide_columns, thin_columns;
     u32 wide_stride, thin_stride;
     float scale;
-    u32 first_block;
-    u64 unused;
+    u32 unused[3];
+};
+
+struct FirstBlocks {
+    u32 of[16];
 };
 
 constexpr int WIDE_TILE = 128;
@@ -117,6 +125,58 @@ INLINE bool add_splits(float (&sums)[2][8][4], float* partials, u32* counters, i
     return true;
 }
 
+#if CLUSTER > 1
+INLINE void synchronise_cluster() {
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+INLINE float load_from_block(u32 address, u32 rank) {
+    float value;
+    asm volatile("{\n.reg .u32 there;\nmapa.shared::cluster.u32 there, %1, %2;\nld.shared::cluster.f32 %0, [there];\n}\n"
+                 : "=f"(value)
+                 : "r"(address), "r"(rank)
+                 : "memory");
+    return value;
+}
+#endif
+
+// Whether this block stores the i-th of sixteen sums.
+INLINE bool stores(int i) { return CLUSTER == 1 || i % CLUSTER == blockIdx.y; }
+
+// Replaces the sums that this block stores by those of all splits of its tile.
+INLINE void add_cluster(float (&sums)[2][8][4], int thin_columns) {
+#if CLUSTER > 1
+    float* own = (float*)dynamic_shared + threadIdx.x;
+    // Nobody reads tiles any more.
+    __syncthreads();
+#pragma unroll
+    for (int m = 0; m < 2; ++m)
+#pragma unroll
+        for (int n = 0; n < 8; ++n)
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                if (n * 8 < thin_columns) own[((m * 8 + n) * 4 + i) * BLOCK] = sums[m][n][i];
+    synchronise_cluster();
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+        if (n * 8 >= thin_columns) break;
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            int m = i >> 2, index = m * 8 + (n & 1) * 4 + (i & 3);
+            if (!stores(index)) continue;
+            u32 address = shared_address(own + ((m * 8 + n) * 4 + (i & 3)) * BLOCK);
+            float parts[CLUSTER];
+#pragma unroll
+            for (int split = 0; split < CLUSTER; ++split) parts[split] = load_from_block(address, split);
+            float sum = parts[0];
+#pragma unroll
+            for (int split = 1; split < CLUSTER; ++split) sum += parts[split];
+            sums[m][n][i & 3] = sum;
+        }
+    }
+#endif
+}
+
 // Reads eight columns of both halves before it writes any, because the compiler cannot know that they are apart.
 INLINE void add_to_output(const float (&sums)[2][8][4], const Product& product, int first, int warp, int lane) {
 #pragma unroll
@@ -128,7 +188,7 @@ INLINE void add_to_output(const float (&sums)[2][8][4], const Product& product, 
         for (int i = 0; i < 16; ++i) {
             u32 wide = first + warp * 32 + (i >> 3) * 16 + (lane >> 2) + (i >> 1 & 1) * 8;
             u32 thin = (n + (i >> 2 & 1)) * 8 + (lane & 3) * 2 + (i & 1);
-            bool present = wide < product.wide_columns && thin < product.thin_columns;
+            bool present = stores(i) && wide < product.wide_columns && thin < product.thin_columns;
             targets[i] = present ? product.out + (u64)wide * product.wide_stride + (u64)thin * product.thin_stride : nullptr;
             values[i] = present ? *targets[i] : 0.0f;
         }
@@ -138,17 +198,34 @@ INLINE void add_to_output(const float (&sums)[2][8][4], const Product& product, 
     }
 }
 
+#if CLUSTER > 1
+#define CLUSTER_SHAPE __cluster_dims__(1, CLUSTER, 1)
+#else
+#define CLUSTER_SHAPE
+#endif
 #define TAKE(index) \
-    if (index < count && blockIdx.x >= p##index.first_block) product = p##index;
+    case index: \
+        product = p##index; \
+        break;
 
-extern "C" __global__ void __launch_bounds__(BLOCK) weight_gradients(
-    Product p0, Product p1, Product p2, Product p3, Product p4, Product p5, Product p6, Product p7, Product p8, Product p9,
-    Product p10, Product p11, Product p12, Product p13, Product p14, Product p15, u32 count, u32 tokens, float* partials,
-    u32* counters) {
-    Product product = p0;
-    TAKE(1) TAKE(2) TAKE(3) TAKE(4) TAKE(5) TAKE(6) TAKE(7) TAKE(8) TAKE(9) TAKE(10) TAKE(11) TAKE(12) TAKE(13) TAKE(14) TAKE(15)
+extern "C" __global__ void CLUSTER_SHAPE __launch_bounds__(BLOCK) weight_gradients(
+    FirstBlocks first_blocks, Product p0, Product p1, Product p2, Product p3, Product p4, Product p5, Product p6, Product p7,
+    Product p8, Product p9, Product p10, Product p11, Product p12, Product p13, Product p14, Product p15, u32 count, u32 tokens,
+    float* partials, u32* counters) {
+    // Parameters come from memory line by line: a block reads those of its product alone.
+    u32 which = 0;
+#pragma unroll
+    for (u32 i = 1; i < 16; ++i) which += i < count && blockIdx.x >= first_blocks.of[i];
+    u32 first_block = 0;
+#pragma unroll
+    for (u32 i = 1; i < 16; ++i) first_block = which == i ? first_blocks.of[i] : first_block;
+    Product product;
+    switch (which) {
+        TAKE(0) TAKE(1) TAKE(2) TAKE(3) TAKE(4) TAKE(5) TAKE(6) TAKE(7) TAKE(8) TAKE(9) TAKE(10) TAKE(11) TAKE(12) TAKE(13) TAKE(14)
+        default: product = p15;
+    }
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    int first = (blockIdx.x - product.first_block) * WIDE_TILE;
+    int first = (blockIdx.x - first_block) * WIDE_TILE;
     int tiles = (tokens + TOKEN_TILE - 1) / TOKEN_TILE, share = (tiles + gridDim.y - 1) / gridDim.y;
     int begin = blockIdx.y * share, steps = max(min(begin + share, tiles) - begin, 0);
     int end = min((begin + steps) * TOKEN_TILE, (int)tokens);
@@ -175,6 +252,13 @@ extern "C" __global__ void __launch_bounds__(BLOCK) weight_gradients(
         commit_copies();
         multiply_stage(sums, shared + step % STAGES * STAGE_BYTES, product.thin_columns, warp, lane);
     }
-    if (gridDim.y > 1 && !add_splits(sums, partials, counters, product.thin_columns)) return;
+    if (CLUSTER > 1)
+        add_cluster(sums, product.thin_columns);
+    else if (gridDim.y > 1 && !add_splits(sums, partials, counters, product.thin_columns))
+        return;
     add_to_output(sums, product, first, warp, lane);
+#if CLUSTER > 1
+    // Nobody leaves while a neighbour still reads its shared memory.
+    synchronise_cluster();
+#endif
 }

@@ -144,6 +144,8 @@ DEVICE float simd_shuffle_xor(float x, uint mask) { return __shfl_xor_sync(0xfff
 DEVICE float exponential(float x) { return expf(x); }
 DEVICE float logarithm(float x) { return logf(x); }
 DEVICE float square_root(float x) { return sqrtf(x); }
+// Off by one unit in the last place.
+DEVICE float reciprocal(float x) { return __fdividef(1.0f, x); }
 DEVICE float reciprocal_root(float x) { return rsqrtf(x); }
 DEVICE float hyperbolic_tangent(float x) { return tanhf(x); }
 DEVICE float maximum(float a, float b) { return fmaxf(a, b); }

@@ -146,6 +146,7 @@ DEVICE float simd_shuffle_xor(float x, uint mask) { return host_shuffle_xor(x, m
 DEVICE float exponential(float x) { return expf(x); }
 DEVICE float logarithm(float x) { return logf(x); }
 DEVICE float square_root(float x) { return sqrtf(x); }
+DEVICE float reciprocal(float x) { return 1.0f / x; }
 DEVICE float reciprocal_root(float x) { return 1.0f / sqrtf(x); }
 DEVICE float hyperbolic_tangent(float x) { return tanhf(x); }
 DEVICE float maximum(float a, float b) { return fmaxf(a, b); }

@@ -129,6 +129,7 @@ DEVICE void store_eight(Eight x, GLOBAL f16* p) { store_eight_narrow(x, p); }
 DEVICE float exponential(float x) { return precise::exp(x); }
 DEVICE float logarithm(float x) { return precise::log(x); }
 DEVICE float square_root(float x) { return precise::sqrt(x); }
+DEVICE float reciprocal(float x) { return 1.0f / x; }
 DEVICE float reciprocal_root(float x) { return precise::rsqrt(x); }
 DEVICE float hyperbolic_tangent(float x) { return precise::tanh(x); }
 DEVICE float maximum(float a, float b) { return precise::fmax(a, b); }

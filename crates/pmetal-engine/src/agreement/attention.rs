@@ -2,10 +2,11 @@
 
 use std::sync::Arc;
 
-use super::Inputs;
-use crate::Tensor;
-use crate::device::{AttentionMask, AttentionParameters, Segment};
+use super::{Inputs, numbers};
+use crate::device::{AttentionMask, AttentionParameters, KeyChoice, Segment};
 use crate::error::Result;
+use crate::memory::Category;
+use crate::{DType, Tensor, ops};
 
 /// Two heads to a key head, of a width that is in no vector.
 pub(super) const PLAIN: AttentionParameters = AttentionParameters {
@@ -37,8 +38,16 @@ const LONE: usize = 6;
 
 /// Attention forward and backward.
 pub(super) fn attend(inputs: &Inputs<'_>, p: &AttentionParameters, has_sinks: bool) -> Result<Vec<Tensor>> {
+    attend_with(inputs, p, has_sinks, &AttentionMask::new(inputs.device, p, segments(), [TOKENS; 2])?)
+}
+
+fn attend_with(
+    inputs: &Inputs<'_>,
+    p: &AttentionParameters,
+    has_sinks: bool,
+    mask: &AttentionMask,
+) -> Result<Vec<Tensor>> {
     let kernels = inputs.device.kernels();
-    let mask = AttentionMask::new(inputs.device, p, segments(), [TOKENS; 2])?;
     let q_shape = [TOKENS, p.query_heads, p.key_width];
     let k_shape = [TOKENS, p.key_value_heads, p.key_width];
     let v_shape = [TOKENS, p.key_value_heads, p.value_width];
@@ -47,7 +56,7 @@ pub(super) fn attend(inputs: &Inputs<'_>, p: &AttentionParameters, has_sinks: bo
     let sinks = has_sinks.then(|| inputs.floats(4, &[p.query_heads])).transpose()?;
     let mut out = inputs.empty(&out_shape)?;
     let mut logs = inputs.floats(5, &[TOKENS, p.query_heads])?;
-    kernels.attention(p, &mask, &q, &k, &v, sinks.as_ref(), &mut out, &mut logs);
+    kernels.attention(p, mask, &q, &k, &v, sinks.as_ref(), &mut out, &mut logs);
     // Any output will do for the backward pass, but that of a row of no document is zero; one that both devices have to
     // the bit compares better.
     let (given, d_out) = (inputs.tensor_without(6, &out_shape, LONE)?, inputs.tensor(7, &out_shape)?);
@@ -56,8 +65,39 @@ pub(super) fn attend(inputs: &Inputs<'_>, p: &AttentionParameters, has_sinks: bo
     let mut d_sinks = inputs.floats(8, &[p.query_heads])?;
     let d_inputs = [&mut d_q, &mut d_k, &mut d_v];
     let own = has_sinks.then_some(&mut d_sinks);
-    kernels.attention_backward(p, &mask, [&q, &k, &v], sinks.as_ref(), &given, &logs, &d_out, d_inputs, own);
+    kernels.attention_backward(p, mask, [&q, &k, &v], sinks.as_ref(), &given, &logs, &d_out, d_inputs, own);
     // What is kept for a row of no document is a device's own affair.
     let (before, behind) = (logs.slice_rows(0, LONE)?, logs.slice_rows(LONE + 1, TOKENS - LONE - 1)?);
     Ok(vec![out, before, behind, d_q, d_k, d_v, d_sinks])
+}
+
+/// Attention to keys that are given, of which some queries have none.
+pub(super) fn attend_chosen(inputs: &Inputs<'_>, p: &AttentionParameters) -> Result<Vec<Tensor>> {
+    let mask = AttentionMask::new(inputs.device, p, segments(), [TOKENS; 2])?;
+    let words: Vec<u32> = (0..TOKENS as u32).map(|query| 0x5b6d_3590 ^ (query * 0x1357)).collect();
+    let bits = Tensor::from_slice(inputs.device, Category::Workspace, &[TOKENS, 1], &words)?;
+    attend_with(inputs, p, true, &mask.with_choice(&KeyChoice { bits, tokens: [TOKENS; 2] })?)
+}
+
+/// Whether each key is chosen by each query, as zeros and ones: `count` keys by `heads` heads of a width.
+pub(super) fn choice(
+    inputs: &Inputs<'_>,
+    p: &AttentionParameters,
+    [heads, width, count]: [usize; 3],
+) -> Result<Vec<Tensor>> {
+    let mask = AttentionMask::new(inputs.device, p, segments(), [TOKENS; 2])?;
+    // Small whole numbers, whose sums are exact in any order, so that all devices choose alike and meet equal scores.
+    let whole = |dtype: DType, seed: u64, shape: &[usize]| {
+        let values = numbers(seed, shape.iter().product());
+        let values: Vec<f32> = values.into_iter().map(|value| (2.0 * value).round()).collect();
+        inputs.place(dtype, shape, inputs.padding, &values)
+    };
+    let q = whole(inputs.dtype, 9, &[TOKENS, heads, width])?;
+    let k = whole(inputs.dtype, 10, &[TOKENS, width])?;
+    let weights = whole(DType::F32, 11, &[TOKENS, heads])?;
+    let choice = ops::choose_keys(p, &mask, [&q, &k, &weights], count)?;
+    let (words, row) = (choice.bits().to_vec::<u32>()?, choice.bits().columns());
+    let bit = |query: usize, key: usize| (words[query * row + key / 32] >> (key % 32) & 1) as f32;
+    let bits: Vec<f32> = (0..TOKENS * TOKENS).map(|index| bit(index / TOKENS, index % TOKENS)).collect();
+    Ok(vec![Tensor::from_slice(inputs.device, Category::Workspace, &[TOKENS, TOKENS], &bits)?])
 }

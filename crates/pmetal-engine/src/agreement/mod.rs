@@ -8,6 +8,8 @@
 //! for bf16 (8 bits), 4e-3 for f16 (11 bits), as results and what is stored on the way are rounded.
 
 mod attention;
+mod delta;
+mod experts;
 mod products;
 mod rows;
 mod steps;
@@ -80,12 +82,13 @@ fn tested(
 type Group = (&'static str, fn(&Inputs<'_>) -> Result<Vec<Tensor>>);
 
 /// Every group of kernels, with widths that fill vectors for one type and do not for the other.
-fn groups() -> [Group; 11] {
+fn groups() -> [Group; 20] {
     [
         ("products", |inputs| products::product(inputs, [5, inputs.width(33, 64), inputs.width(19, 48)])),
         ("weight gradients", |inputs| products::weight_gradients(inputs, inputs.width(33, 64))),
         ("embeddings", |inputs| rows::embedding(inputs, inputs.width(33, 64))),
         ("norms", |inputs| rows::norm(inputs, &[5, inputs.width(100, 64)], Some(NormWeight::PlusOne))),
+        ("layer norms", |inputs| rows::layer_norm(inputs, &[5, 3, inputs.width(33, 64)], [true, false])),
         ("rotations", |inputs| {
             let half = inputs.width(11, 32);
             rows::rotation(inputs, 2 * half, RopePairing::Halves, half)
@@ -97,11 +100,35 @@ fn groups() -> [Group; 11] {
                 value_width: width,
                 ..attention::PLAIN
             };
-            attention::attend(inputs, &parameters, true)
+            let mut all = attention::attend(inputs, &parameters, true)?;
+            all.extend(attention::attend_chosen(inputs, &parameters)?);
+            Ok(all)
         }),
-        ("activations", |inputs| rows::gated(inputs, inputs.width(100, 64), GateActivation::Silu)),
+        ("choice of keys", |inputs| {
+            attention::choice(inputs, &attention::PLAIN, [3, inputs.width(7, 64), 3])
+        }),
+        ("activations", |inputs| {
+            let width = inputs.width(100, 64);
+            let mut all = rows::gated(inputs, width, GateActivation::Silu)?;
+            all.extend(rows::gated(inputs, width, GateActivation::Sigmoid)?);
+            Ok(all)
+        }),
         ("rows", |inputs| rows::moved(inputs, inputs.width(33, 64))),
+        ("heads", |inputs| rows::heads(inputs, inputs.width(33, 64))),
+        ("convolutions", |inputs| delta::convolution(inputs, inputs.width(33, 64), 4)),
+        ("delta rules", |inputs| delta::rule(inputs, [1, 2], [inputs.width(9, 32), inputs.width(33, 16)])),
+        ("gated norms", |inputs| delta::gated_norm(inputs, [5, 2, inputs.width(33, 64)])),
         ("random numbers", |inputs| rows::dropped(inputs, inputs.width(33, 64))),
+        ("choices of experts", |inputs| experts::routed(inputs, inputs.width(12, 64))),
+        ("rows of experts", |inputs| {
+            let clamped = crate::device::PairedGate::Clamped { slope: 1.702, limit: 0.5 };
+            let mut results = experts::rows(inputs, inputs.width(33, 64))?;
+            results.extend(experts::paired(inputs, inputs.width(33, 64), clamped)?);
+            Ok(results)
+        }),
+        ("products of experts", |inputs| {
+            experts::products(inputs, [inputs.width(19, 48), inputs.width(33, 72), inputs.width(3, 8)])
+        }),
         ("losses", |inputs| {
             let parameters =
                 CrossEntropyParameters { logit_scale: 6.0, softcap: Some(3.0), gradient_scale: 2.0 };

@@ -1,7 +1,7 @@
 //! Kernels that work on rows.
 
 use super::Inputs;
-use crate::device::{DropoutMask, GateActivation, Held, NormWeight, RopePairing, RopeRows};
+use crate::device::{DropoutMask, GateActivation, Held, LayerNorm, NormWeight, RopePairing, RopeRows};
 use crate::error::Result;
 use crate::memory::Category;
 use crate::random::RandomKey;
@@ -27,6 +27,32 @@ pub(super) fn norm(inputs: &Inputs<'_>, shape: &[usize], kind: Option<NormWeight
     let sum = Some((&mut apart, Held::Other(&held)));
     kernels.rms_norm_backward(&x, weight, kind, 1e-2, &d_out, sum, None);
     Ok(vec![out, d_x, added, apart, d_weight])
+}
+
+/// LayerNorm forward and backward, the latter stored and added; weight and bias for each head or for all.
+pub(super) fn layer_norm(
+    inputs: &Inputs<'_>,
+    shape: &[usize],
+    for_each_head: [bool; 2],
+) -> Result<Vec<Tensor>> {
+    let kernels = inputs.device.kernels();
+    let own = for_each_head.map(|own| if own { &shape[1..] } else { &shape[shape.len() - 1..] });
+    let (weight, bias) = (inputs.dense(2, own[0])?, inputs.floats(3, own[1])?);
+    let norm = LayerNorm { weight: Some(&weight), bias: Some(&bias), epsilon: 1e-2 };
+    let bare = LayerNorm { weight: None, bias: None, epsilon: 1e-2 };
+    let (x, d_out) = (inputs.tensor(1, shape)?, inputs.tensor(4, shape)?);
+    let (mut out, mut plain) = (inputs.empty(shape)?, inputs.empty(shape)?);
+    kernels.layer_norm(&x, &norm, &mut out);
+    kernels.layer_norm(&x, &bare, &mut plain);
+    let (mut d_x, mut added) = (inputs.empty(shape)?, inputs.tensor(5, shape)?);
+    let (held, mut apart) = (inputs.tensor(6, shape)?, inputs.empty(shape)?);
+    kernels.layer_norm_backward(&x, &norm, &d_out, Some((&mut d_x, Held::Nothing)), [None, None]);
+    let (mut d_weight, mut d_bias) = (inputs.floats(7, own[0])?, inputs.floats(8, own[1])?);
+    let both = [Some(&mut d_weight), Some(&mut d_bias)];
+    kernels.layer_norm_backward(&x, &norm, &d_out, Some((&mut added, Held::Itself)), both);
+    let sum = Some((&mut apart, Held::Other(&held)));
+    kernels.layer_norm_backward(&x, &bare, &d_out, sum, [None, None]);
+    Ok(vec![out, plain, d_x, added, apart, d_weight, d_bias])
 }
 
 /// Rotations forth and back.
@@ -84,13 +110,34 @@ pub(super) fn moved(inputs: &Inputs<'_>, width: usize) -> Result<Vec<Tensor>> {
     kernels.convert(&inputs.floats(5, &shape)?, &mut narrow);
     let mut scaled = inputs.floats(6, &shape)?;
     kernels.scale(&mut scaled, -0.7);
+    let mut added = inputs.tensor(9, &shape)?;
+    kernels.add_scaled(&x, -0.6, &mut added);
+    let mut times = inputs.empty(&shape)?;
+    kernels.scaled(&x, 1.7, &mut times);
+    let mut capped = inputs.floats(10, &shape)?;
+    kernels.softcap(&mut capped, 0.4);
     let mut columns = inputs.floats(7, &[width])?;
     kernels.sum_rows(&x, &mut columns);
     let mut gathered = inputs.empty(&[4, width])?;
     kernels.gather_rows(&x, &inputs.indices(&[5, 0, 0, 3])?, &mut gathered);
     let mut scattered = inputs.tensor(8, &shape)?;
     kernels.scatter_rows(&gathered, &inputs.indices(&[2, 5, 1, 0])?, &mut scattered);
-    Ok(vec![sum, wide, narrow, scaled, columns, gathered, scattered])
+    Ok(vec![sum, wide, narrow, scaled, added, times, capped, columns, gathered, scattered])
+}
+
+/// Columns of heads copied, from one head to all, and summed over heads.
+pub(super) fn heads(inputs: &Inputs<'_>, width: usize) -> Result<Vec<Tensor>> {
+    let kernels = inputs.device.kernels();
+    let (x, one) = (inputs.tensor(1, &[4, 3, width + 8])?, inputs.tensor(2, &[4, 1, width])?);
+    let (mut copied, mut odd) =
+        (inputs.tensor(3, &[4, 3, width + 16])?, inputs.tensor(4, &[4, 3, width + 8])?);
+    kernels.copy_heads(&x, &mut copied, [8, 16], width);
+    kernels.copy_heads(&x, &mut odd, [3, 0], width);
+    let mut repeated = inputs.tensor(5, &[4, 3, width + 8])?;
+    kernels.copy_heads(&one, &mut repeated, [0, 8], width);
+    let mut sum = inputs.empty(&[4, 1, width])?;
+    kernels.sum_heads(&x, 8, &mut sum);
+    Ok(vec![copied, odd, repeated, sum])
 }
 
 /// The sum of many rows.

@@ -3,7 +3,7 @@
 
 use super::*;
 use crate::device::gpu::emulator::PLANTED;
-use crate::device::{AdamWParameters, AttentionParameters, Sum};
+use crate::device::{AdamWParameters, AttentionParameters, PairedGate, Sum};
 use crate::testing::{emulator, on_every_device};
 
 on_every_device! {
@@ -11,15 +11,21 @@ on_every_device! {
     weight_gradients_agree,
     norms_agree,
     weight_gradients_of_many_rows_agree,
+    layer_norms_agree,
     rotations_agree,
     gated_activations_agree,
     embeddings_agree,
     sums_copies_and_choices_of_rows_agree,
+    columns_of_heads_agree,
+    convolutions_agree,
+    delta_rules_agree,
+    gated_norms_agree,
     random_numbers_and_dropped_elements_agree,
     groups_of_heads_agree,
     windows_and_sinks_agree,
     caps_and_wide_heads_agree,
     chunks_and_all_keys_agree,
+    choices_of_experts_agree, choices_of_keys_agree, products_of_experts_agree, rows_of_experts_agree,
     losses_agree,
     logits_of_no_number_make_the_loss_no_number,
     steps_over_many_tensors_agree,
@@ -105,6 +111,25 @@ fn weight_gradients_of_many_rows_agree(device: &Device) {
     check(device, "norm of 150 rows", DType::F32, &|inputs| rows::norm(inputs, &[150, 33], plain));
 }
 
+fn layer_norms_agree(device: &Device) {
+    for_widths(device, |dtype, width| {
+        // What is normed over one element, and its gradient, is zero up to whether products are rounded before they are
+        // subtracted: there is no size to judge an error by.
+        if width == 1 {
+            return;
+        }
+        for own in [[false, false], [true, true], [true, false], [false, true]] {
+            check(device, &format!("layer norm of {width}, {own:?}"), dtype, &|inputs| {
+                rows::layer_norm(inputs, &[5, 3, width], own)
+            });
+        }
+    });
+    let all = [false, false];
+    check(device, "layer norm of 70 rows", DType::Bf16, &|inputs| rows::layer_norm(inputs, &[70, 520], all));
+    check(device, "layer norm of 150 rows", DType::F32, &|inputs| rows::layer_norm(inputs, &[150, 33], all));
+    check(device, "long layer norm", DType::Bf16, &|inputs| rows::layer_norm(inputs, &[2, 33_000], all));
+}
+
 fn rotations_agree(device: &Device) {
     for &dtype in types(device) {
         for width in [2, 12, 64, 100, 256] {
@@ -123,7 +148,7 @@ fn rotations_agree(device: &Device) {
 
 fn gated_activations_agree(device: &Device) {
     for_widths(device, |dtype, width| {
-        for activation in [GateActivation::Silu, GateActivation::GeluTanh] {
+        for activation in [GateActivation::Silu, GateActivation::GeluTanh, GateActivation::Sigmoid] {
             check(device, &format!("gated {width} {activation:?}"), dtype, &|inputs| {
                 rows::gated(inputs, width, activation)
             });
@@ -142,6 +167,42 @@ fn sums_copies_and_choices_of_rows_agree(device: &Device) {
         check(device, &format!("rows of {width}"), dtype, &|inputs| rows::moved(inputs, width));
     });
     check(device, "sum of 150 rows", DType::F32, &rows::sum_of_many);
+}
+
+fn columns_of_heads_agree(device: &Device) {
+    for_widths(device, |dtype, width| {
+        check(device, &format!("heads of {width}"), dtype, &|inputs| rows::heads(inputs, width));
+    });
+    // More than one group for a token.
+    check(device, "wide heads", DType::Bf16, &|inputs| rows::heads(inputs, 1000));
+}
+
+fn convolutions_agree(device: &Device) {
+    for &dtype in types(device) {
+        for (channels, taps) in [(1, 1), (33, 4), (64, 4), (300, 3)] {
+            let what = format!("{taps} taps of {channels}");
+            check(device, &what, dtype, &|inputs| delta::convolution(inputs, channels, taps));
+        }
+    }
+}
+
+fn delta_rules_agree(device: &Device) {
+    for &dtype in types(device) {
+        for (heads, widths) in [([1, 1], [2, 1]), ([2, 4], [9, 33]), ([2, 2], [64, 32]), ([1, 3], [128, 40])]
+        {
+            let what = format!("delta rule of {heads:?} x {widths:?}");
+            check(device, &what, dtype, &|inputs| delta::rule(inputs, heads, widths));
+        }
+    }
+    check(device, "wide delta rule", DType::F32, &|inputs| delta::rule(inputs, [1, 1], [256, 256]));
+}
+
+fn gated_norms_agree(device: &Device) {
+    for_widths(device, |dtype, width| {
+        let what = format!("gated norm of {width}");
+        check(device, &what, dtype, &|inputs| delta::gated_norm(inputs, [5, 2, width]));
+    });
+    check(device, "gated norm of many rows", DType::F32, &|inputs| delta::gated_norm(inputs, [90, 3, 8]));
 }
 
 fn random_numbers_and_dropped_elements_agree(device: &Device) {
@@ -187,6 +248,61 @@ fn chunks_and_all_keys_agree(device: &Device) {
     attention_agrees(device, AttentionParameters { chunk: Some(2), ..odd }, true);
     let few = AttentionParameters { query_heads: 2, key_value_heads: 1, ..attention::PLAIN };
     attention_agrees(device, AttentionParameters { causal: false, ..few }, false);
+}
+
+fn choices_of_experts_agree(device: &Device) {
+    for &dtype in types(device) {
+        for experts in [8, 12, 64, 260] {
+            check(device, &format!("choices of {experts}"), dtype, &|inputs| {
+                experts::routed(inputs, experts)
+            });
+        }
+    }
+}
+
+fn rows_of_experts_agree(device: &Device) {
+    for_widths(device, |dtype, width| {
+        check(device, &format!("rows of experts of {width}"), dtype, &|inputs| experts::rows(inputs, width));
+        for kind in [
+            PairedGate::Halves(GateActivation::Silu),
+            PairedGate::Halves(GateActivation::GeluTanh),
+            PairedGate::Clamped { slope: 1.702, limit: 0.5 },
+        ] {
+            check(device, &format!("{kind:?} of {width}"), dtype, &|inputs| {
+                experts::paired(inputs, width, kind)
+            });
+        }
+    });
+}
+
+fn products_of_experts_agree(device: &Device) {
+    for &dtype in types(device) {
+        for size in [[1, 1, 1], [33, 40, 2], [40, 72, 8]] {
+            check(device, &format!("products of experts {size:?}"), dtype, &|inputs| {
+                experts::products(inputs, size)
+            });
+        }
+    }
+    check_padded(device, "wide products of experts", DType::Bf16, &[0, 8], &|inputs| {
+        experts::products(inputs, [72, 264, 64])
+    });
+}
+
+fn choices_of_keys_agree(device: &Device) {
+    for &dtype in types(device) {
+        for sizes in [[1, 1, 1], [2, 33, 2], [4, 64, 4], [5, 100, 6], [3, 12, 99]] {
+            let parameters = AttentionParameters { value_width: 5, ..attention::PLAIN };
+            check(device, &format!("choice {sizes:?}"), dtype, &|inputs| {
+                attention::choice(inputs, &parameters, sizes)
+            });
+        }
+        let parameters = AttentionParameters { value_width: 5, ..attention::PLAIN };
+        let work = |inputs: &Inputs<'_>| attention::attend_chosen(inputs, &parameters);
+        check(device, "attention to chosen keys", dtype, &work);
+    }
+    let near = AttentionParameters { window: Some(4), softcap: Some(0.9), ..attention::PLAIN };
+    check(device, "choice in a window", DType::F32, &|inputs| attention::choice(inputs, &near, [3, 8, 2]));
+    check(device, "chosen keys in a window", DType::F32, &|inputs| attention::attend_chosen(inputs, &near));
 }
 
 fn losses_agree(device: &Device) {
@@ -242,7 +358,7 @@ fn a_norm_that_is_not_finite_changes_nothing(device: &Device) {
 
 fn the_self_test_passes(device: &Device) {
     let outcomes = self_test(device);
-    assert_eq!(outcomes.len(), 22);
+    assert_eq!(outcomes.len(), 40);
     for outcome in &outcomes {
         assert!(outcome.passed(), "{outcome:?}");
     }
@@ -255,12 +371,37 @@ fn a_wrong_kernel_fails_the_test_of_its_group_alone() {
     let Some(device) = emulator(1) else { return };
     for (group, right, wrong) in [
         ("embeddings", "sum += scale * widen(d_out", "sum += widen(d_out"),
-        ("norms", "/ (float)width + epsilon", "/ (float)(width + 1) + epsilon"),
+        ("norms", "(squares / (float)width + epsilon", "(squares / (float)(width + 1) + epsilon"),
+        ("layer norms", "d[n].v[j] - slopes - a[n].v[j]", "d[n].v[j] - a[n].v[j]"),
+        ("layer norms", "GROUP_X % weight_heads * width", "0"),
         ("rotations", "b * cosine + a * sine", "b * cosine - a * sine"),
         ("attention", "p * (d_p - deltas[row]) * slope", "p * d_p * slope"),
+        ("choice of keys", "maximum(simd_sum(products[n]), 0.0f)", "simd_sum(products[n])"),
+        ("choice of keys", "before++ >= left", "before++ > left"),
+        ("attention", "j = next_key(chosen, j + 1, end)", "++j"),
+        ("attention", "if (chosen && !(chosen[", "if (0 && !(chosen["),
         ("activations", "slope = gate * (1.0f + x * (1.0f - gate))", "slope = gate"),
         ("rows", "x + (ulong64)indices[GROUP_X] * pitch", "x + (ulong64)GROUP_X * pitch"),
+        ("heads", "head < heads; ++head", "head < heads - 1; ++head"),
+        (
+            "convolutions",
+            "waiting[TAPS - 1 - tap] += factors[tap] * slope",
+            "waiting[TAPS - 1 - tap] += factors[TAPS - 1 - tap] * slope",
+        ),
+        (
+            "delta rules",
+            "decay * (held[n] - keys[s * PADDED + n * PARTS + part] * update)",
+            "decay * held[n]",
+        ),
+        ("gated norms", "rounded(widen(x[i]) * scale)", "rounded(widen(x[i]))"),
         ("random numbers", "round < 10", "round < 9"),
+        ("choices of experts", "score /= sum + epsilon", "score /= sum"),
+        ("choices of experts", "slopes[i] - mean", "slopes[i]"),
+        ("rows of experts", "(pair / choices) * pitch", "(pair / choices + 1) % 9 * pitch"),
+        ("rows of experts", "scale * share * (1.0f - share) * product", "scale * share * product"),
+        ("rows of experts", "gate <= limit ? shifted", "true ? shifted"),
+        ("products of experts", "second_right + (ulong64)expert", "second_right + (ulong64)(expert & 3)"),
+        ("products of experts", "+= scale * sums[i];", "+= sums[i];"),
         ("losses", "logarithm(sum) + top - target", "logarithm(sum) - target"),
         ("optimizer", "square_root(now.second) / control[7]", "square_root(now.second)"),
     ] {

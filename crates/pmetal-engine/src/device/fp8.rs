@@ -35,6 +35,24 @@ pub(crate) struct GradientCodes {
     pub(crate) first: usize,
 }
 
+impl GradientCodes {
+    /// The codes of tensors of these widths side by side, where each carries its own columns of the same ones.
+    pub(crate) fn of_all(parts: &[Option<Self>], widths: &[usize]) -> Option<Self> {
+        let all = parts.first()?.as_ref()?;
+        let mut first = all.first;
+        for (part, width) in parts.iter().zip(widths) {
+            let part = part.as_ref()?;
+            let is_alike = part.rows.codes.address() == all.rows.codes.address()
+                && part.factors.address() == all.factors.address();
+            if !is_alike || part.first != first {
+                return None;
+            }
+            first += width;
+        }
+        Some(all.clone())
+    }
+}
+
 /// Kernels for matrices of e4m3.
 pub trait Fp8Kernels {
     /// Why they cannot be used on this device; `None` where they can.

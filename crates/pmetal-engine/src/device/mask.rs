@@ -4,8 +4,26 @@ use std::sync::Arc;
 
 use super::{AttentionParameters, Device, Segment};
 use crate::Tensor;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, expect_shape};
 use crate::memory::Category;
+
+/// What causal masks differ in: layers of one kind share a mask.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct MaskKind {
+    /// The most keys that a token sees, itself included.
+    pub window: Option<usize>,
+    /// Keys of a chunk: a token sees those of its own chunk alone.
+    pub chunk: Option<usize>,
+}
+
+impl MaskKind {
+    /// The first key that the token at a position sees.
+    pub fn first_key(&self, position: usize) -> usize {
+        let near = self.window.map_or(0, |window| (position + 1).saturating_sub(window));
+        let own = self.chunk.map_or(0, |chunk| position - position % chunk.max(1));
+        near.max(own)
+    }
+}
 
 /// Which keys each query sees: made once for all layers of a batch that have the same kind of mask.
 #[derive(Debug, Clone)]
@@ -14,6 +32,22 @@ pub struct AttentionMask {
     /// The same for devices: i32, first key and end of each query, then first query and end of each key.
     pub(crate) ranges: Option<[Tensor; 4]>,
     pub(crate) tokens: [usize; 2],
+    pub(crate) choice: Option<KeyChoice>,
+}
+
+/// A bit for each query and key: whether the query looks at the key. Made by [`crate::ops::choose_keys`].
+#[derive(Debug, Clone)]
+pub struct KeyChoice {
+    /// u32 \[queries, ceil(keys / 32)\]: bit k % 32 of word k / 32 is that of key k.
+    pub(crate) bits: Tensor,
+    pub(crate) tokens: [usize; 2],
+}
+
+impl KeyChoice {
+    /// The bits, u32 \[queries, ceil(keys / 32)\]: bit k % 32 of word k / 32 is that of key k.
+    pub fn bits(&self) -> &Tensor {
+        &self.bits
+    }
 }
 
 impl AttentionMask {
@@ -37,10 +71,19 @@ impl AttentionMask {
             let ([key_start, key_end], [query_start, query_end]) = (key, query);
             Some([upload(key_start)?, upload(key_end)?, upload(query_start)?, upload(query_end)?])
         };
-        Ok(Self { segments, ranges, tokens })
+        Ok(Self { segments, ranges, tokens, choice: None })
     }
 
-    /// Replaces the documents, in the same memory.
+    /// A mask that hides, of what this one shows, all keys that were not chosen.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for a choice among other rows.
+    pub fn with_choice(&self, choice: &KeyChoice) -> Result<Self> {
+        expect_shape("attention", "choice of keys", &choice.tokens, &self.tokens)?;
+        Ok(Self { choice: Some(choice.clone()), ..self.clone() })
+    }
+
+    /// Replaces the documents, in the same memory; a choice among the keys of others is given up.
     ///
     /// # Errors
     /// As [`Self::new`].
@@ -53,6 +96,7 @@ impl AttentionMask {
             }
         }
         self.segments = segments;
+        self.choice = None;
         Ok(())
     }
 
@@ -138,21 +182,39 @@ mod tests {
         ];
         for causal in [true, false] {
             for (window, chunk) in [(None, None), (Some(3), None), (None, Some(2)), (Some(2), Some(4))] {
-                let parameters = AttentionParameters {
-                    query_heads: 1,
-                    key_value_heads: 1,
-                    key_width: 1,
-                    value_width: 1,
-                    scale: 1.0,
-                    softcap: None,
-                    window,
-                    chunk,
-                    causal,
-                };
+                let parameters = parameters(window, chunk, causal);
                 for (segments, tokens) in cases {
                     assert_same(&parameters, segments, tokens);
                 }
             }
+        }
+    }
+
+    #[test]
+    fn a_kind_of_mask_shows_what_attention_sees() {
+        let sizes = [None, Some(1), Some(3), Some(8), Some(usize::MAX)];
+        for (window, chunk) in sizes.into_iter().flat_map(|w| sizes.into_iter().map(move |c| (w, c))) {
+            let (kind, parameters) = (MaskKind { window, chunk }, parameters(window, chunk, true));
+            for position in 0..30 {
+                let keys =
+                    Segment { query_start: 0, query_length: 1, key_start: 0, key_length: position + 1 };
+                let visible = keys.visible(&parameters, 0);
+                assert_eq!(visible, kind.first_key(position)..position + 1, "{kind:?} at {position}");
+            }
+        }
+    }
+
+    fn parameters(window: Option<usize>, chunk: Option<usize>, causal: bool) -> AttentionParameters {
+        AttentionParameters {
+            query_heads: 1,
+            key_value_heads: 1,
+            key_width: 1,
+            value_width: 1,
+            scale: 1.0,
+            softcap: None,
+            window,
+            chunk,
+            causal,
         }
     }
 

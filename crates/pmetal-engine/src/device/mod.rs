@@ -1,6 +1,8 @@
 //! A device is a set of kernels and the memory they work on.
 
 pub mod cpu;
+mod delta;
+pub(crate) mod experts;
 mod fp8;
 pub(crate) mod gpu;
 mod mask;
@@ -16,10 +18,16 @@ use crate::tensor::{Memory, Tensor};
 
 pub use cpu::attention::{AttentionParameters, Segment};
 pub use cpu::gemm::{Arithmetic, SimdLevel};
+pub use delta::{DeltaGradients, DeltaInputs, DeltaKernels, Documents};
+pub(crate) use delta::{DeltaSizes, SQUARES_EPSILON};
+pub use experts::{
+    BalanceSlope, ExpertFinish, ExpertKernels, Gate, Groups, MOST_CHOICES, MOST_EXPERTS, PairedGate, Router,
+    RoutingPlan, RowTiles,
+};
 pub use fp8::{Fp8Kernels, ScaledRows};
 pub(crate) use fp8::{GradientCodes, e4m3_value};
 pub use gpu::cuda::{CudaDevice, CudaLibrary, cuda_devices, cuda_libraries};
-pub use mask::AttentionMask;
+pub use mask::{AttentionMask, KeyChoice, MaskKind};
 
 /// A handle to a device; clones share its memory counters.
 #[derive(Clone)]
@@ -302,6 +310,57 @@ pub struct WeightGradient<'a> {
     pub scale: f32,
 }
 
+/// The A \[S, D\] of adapters whose product with rows rides on the kernel that makes them.
+#[derive(Debug, Clone)]
+pub struct Riding {
+    pub(crate) a: Tensor,
+    /// Factor on the product.
+    pub(crate) scale: f32,
+}
+
+impl Riding {
+    /// The product by itself.
+    ///
+    /// # Errors
+    /// As [`Kernels::matmul`].
+    pub(crate) fn put_beside(&self, rows: &Tensor) -> Result<()> {
+        let (mut spare, _) = rows.spare_columns().expect("invariant: these rows have columns to spare");
+        let product = (Operand::plain(rows), Operand::transposed(&self.a));
+        let arithmetic = crate::tape::arithmetic_for(rows.dtype());
+        rows.device().kernels().matmul(&[product], &mut spare, &Finish::scaled(self.scale), arithmetic)
+    }
+}
+
+/// A part of a gradient \[T, D\] that is not in it yet: `scale * d a`.
+#[derive(Debug, Clone)]
+pub struct Share {
+    /// \[T, S\].
+    pub(crate) d: Tensor,
+    pub(crate) riding: Riding,
+}
+
+impl Share {
+    /// Adds it to the gradient.
+    ///
+    /// # Errors
+    /// As [`Kernels::matmul`].
+    pub(crate) fn add_to(&self, gradient: &mut Tensor) -> Result<()> {
+        let (device, arithmetic) = (gradient.device().clone(), crate::tape::arithmetic_for(self.d.dtype()));
+        let finish = Finish { scale: self.riding.scale, ..Finish::ACCUMULATE };
+        let product = (Operand::plain(&self.d), Operand::plain(&self.riding.a));
+        device.kernels().matmul(&[product], gradient, &finish, arithmetic)
+    }
+}
+
+/// Kernels over rows on which products of adapters ride.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RowKernel {
+    /// RMSNorm.
+    Norm,
+    /// Gated products.
+    Gated,
+}
+
 /// What a result is added to.
 #[derive(Debug, Clone, Copy)]
 pub enum Held<'a> {
@@ -322,6 +381,17 @@ pub enum NormWeight {
     PlusOne,
 }
 
+/// Constants of a layer norm; weight and bias are \[D\], or \[H, E\] for rows \[T, H, E\].
+#[derive(Debug, Clone, Copy)]
+pub struct LayerNorm<'a> {
+    /// Multiplied with the normed row.
+    pub weight: Option<&'a Tensor>,
+    /// Added to that.
+    pub bias: Option<&'a Tensor>,
+    /// Added to the variance.
+    pub epsilon: f32,
+}
+
 /// What is applied to the gate of a gated feed-forward layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum GateActivation {
@@ -329,6 +399,8 @@ pub enum GateActivation {
     Silu,
     /// The tanh approximation of GELU.
     GeluTanh,
+    /// sigmoid(x).
+    Sigmoid,
 }
 
 /// Which elements a rotary embedding pairs.
@@ -558,6 +630,51 @@ pub trait Kernels: Send + Sync {
         d_weight: Option<&mut Tensor>,
     );
 
+    /// Normalisation to mean 0 and variance 1 over the last dimension (Ba, Kiros and Hinton, arXiv 1607.06450).
+    fn layer_norm(&self, x: &Tensor, norm: &LayerNorm<'_>, out: &mut Tensor);
+
+    /// Gradient of [`Self::layer_norm`]: `d_x` becomes it plus what [`Held`] says; those of weight and bias, in this
+    /// order, are added to `d_weights` (f32).
+    fn layer_norm_backward(
+        &self,
+        x: &Tensor,
+        norm: &LayerNorm<'_>,
+        d_out: &Tensor,
+        d_x: Option<(&mut Tensor, Held<'_>)>,
+        d_weights: [Option<&mut Tensor>; 2],
+    );
+
+    /// Whether `x a^T` rides on the kernel that makes x, and its gradient on that kernel's backward pass.
+    fn rides(&self, _on: RowKernel, _x: &Tensor, _riding: &Riding) -> bool {
+        false
+    }
+
+    /// [`Self::rms_norm`] with `scale * out a^T` in the columns that `out` has to spare; false, with nothing done, where
+    /// there is no kernel for these.
+    fn rms_norm_riding(
+        &self,
+        _x: &Tensor,
+        _weight: Option<&Tensor>,
+        _norm: (NormWeight, f32),
+        _riding: &Riding,
+        _out: &mut Tensor,
+    ) -> bool {
+        false
+    }
+
+    /// [`Self::rms_norm_backward`] for `d_x`, `share` being a part of `d_out`; false, with nothing done, where there is no
+    /// kernel for these.
+    fn rms_norm_backward_riding(
+        &self,
+        _x: &Tensor,
+        _weight: Option<&Tensor>,
+        _norm: (NormWeight, f32),
+        _d_out: (&Tensor, &Share),
+        _d_x: (&mut Tensor, Held<'_>),
+    ) -> bool {
+        false
+    }
+
     /// Rotates the first `2 * cosines.columns()` elements of every head in place; `inverse` turns back.
     fn rope(&self, x: &mut Tensor, angles: &RopeRows<'_>, inverse: bool);
 
@@ -574,6 +691,20 @@ pub trait Kernels: Send + Sync {
         out: &mut Tensor,
         log_sum_exp: &mut Tensor,
     );
+
+    /// Sets the bits in `bits`, u32 \[T, ceil(Tk / 32)\], of the `count` keys that each query scores highest, all others to
+    /// zero: q \[T, H, E\], k \[Tk, E\] and weights f32 \[T, H\]; see [`crate::ops::choose_keys`].
+    ///
+    /// # Errors
+    /// Out of memory.
+    fn choose_keys(
+        &self,
+        parameters: &AttentionParameters,
+        mask: &AttentionMask,
+        inputs: [&Tensor; 3],
+        count: usize,
+        bits: &mut Tensor,
+    ) -> Result<()>;
 
     /// Gradients of [`Self::attention`]; overwrites `d_q`, `d_k`, `d_v`, adds to `d_sinks`.
     #[allow(clippy::too_many_arguments)]
@@ -604,6 +735,28 @@ pub trait Kernels: Send + Sync {
         d_up: &mut Tensor,
     );
 
+    /// [`Self::gated`] with `scale * out a^T` in the columns that `out` has to spare; false, with nothing done, where there
+    /// is no kernel for these.
+    fn gated_riding(
+        &self,
+        _activation: GateActivation,
+        _gate_and_up: [&Tensor; 2],
+        _riding: &Riding,
+        _out: &mut Tensor,
+    ) -> bool {
+        false
+    }
+
+    /// [`Self::gated_backward_in_place`], `share` being a part of `d_out`.
+    fn gated_backward_riding(
+        &self,
+        _activation: GateActivation,
+        _gate_and_up: [&mut Tensor; 2],
+        _d_out: (&Tensor, &Share),
+    ) -> bool {
+        false
+    }
+
     /// [`Self::gated_backward`] that leaves the gradients where gate and up are; false, with nothing done, where the
     /// device has no such kernel.
     fn gated_backward_in_place(
@@ -625,6 +778,15 @@ pub trait Kernels: Send + Sync {
     /// `target += source`, element types may differ.
     fn add_assign(&self, target: &mut Tensor, source: &Tensor);
 
+    /// `y = x + factor * y`, of one shape and type.
+    fn add_scaled(&self, x: &Tensor, factor: f32, y: &mut Tensor);
+
+    /// `out = factor * x`, of one shape and type.
+    fn scaled(&self, x: &Tensor, factor: f32, out: &mut Tensor);
+
+    /// `x = cap * tanh(x / cap)`.
+    fn softcap(&self, x: &mut Tensor, cap: f32);
+
     /// `target = source`, converting the element type.
     fn convert(&self, source: &Tensor, target: &mut Tensor);
 
@@ -641,6 +803,13 @@ pub trait Kernels: Send + Sync {
     /// Writes row i of `x` to row `indices[i]` of `out`; other rows stay.
     fn scatter_rows(&self, x: &Tensor, indices: &Tensor, out: &mut Tensor);
 
+    /// Copies `width` columns of every head of `source` \[T, H or 1, E\], from `firsts[0]`, to those of `target` \[T, H, F\],
+    /// from `firsts[1]`; one head is repeated, other columns stay.
+    fn copy_heads(&self, source: &Tensor, target: &mut Tensor, firsts: [usize; 2], width: usize);
+
+    /// `target` \[T, 1, width\] = the sum over heads, in their order and in f32, of columns `first ..` of `source` \[T, H, E\].
+    fn sum_heads(&self, source: &Tensor, first: usize, target: &mut Tensor);
+
     /// Turns f32 logits \[t, V\] into their gradient, in their memory, and adds the losses, in nats, to `sum`. Labels are
     /// i32 \[t\]; rows with -100 get no gradient and add nothing. `gradient` is the type that products will read; a
     /// device may ignore it.
@@ -656,10 +825,16 @@ pub trait Kernels: Send + Sync {
         gradient: DType,
     ) -> Result<Tensor>;
 
+    /// Kernels of linear-attention layers.
+    fn delta(&self) -> &dyn DeltaKernels;
+
     /// Products of weights of eight bits, where the device has them.
     fn fp8(&self) -> Option<&dyn Fp8Kernels> {
         None
     }
+
+    /// Kernels for mixtures of experts.
+    fn experts(&self) -> &dyn ExpertKernels;
 
     /// Adds the squares of all elements of f32 tensors to `sum`.
     fn sum_of_squares(&self, tensors: &[&Tensor], sum: &mut Sum);

@@ -1,6 +1,6 @@
 //! The place of a text that grows by one token a step, in its device's memory.
 
-use crate::device::{AttentionMask, Segment};
+use crate::device::{AttentionMask, MaskKind, Segment};
 use crate::error::{Error, Result, expect_dtype, expect_shape};
 use crate::memory::Category;
 use crate::ops::SampleOptions;
@@ -19,38 +19,39 @@ pub struct Cursor {
     pub(crate) position: Tensor,
     /// i32 \[kinds of masks, 2\]: first and end of the keys that it sees.
     pub(crate) ranges: Tensor,
-    /// u32 \[kinds of masks\]: keys of a window; 0 = all.
-    pub(crate) windows: Tensor,
+    /// u32 \[kinds of masks, 2\]: keys of a window and of a chunk; 0 = all.
+    pub(crate) limits: Tensor,
     /// u32 \[[`LOG`]\]: tokens that were chosen.
     pub(crate) log: Tensor,
     /// u32 \[1\]: how many were chosen.
     pub(crate) drawn: Tensor,
     /// u32 \[V\]: how often each token came, where penalties need it.
     pub(crate) counts: Option<Tensor>,
-    kinds: Vec<Option<usize>>,
+    kinds: Vec<MaskKind>,
 }
 
 impl Cursor {
-    /// A cursor for a text that is masked by `windows`: the most keys that a token sees, all where it is `None`.
+    /// A cursor for a text whose layers have these kinds of causal masks.
     ///
     /// # Errors
     /// [`Error::Unsupported`] on a CPU; out of memory.
-    pub fn new(device: &Device, windows: &[Option<usize>]) -> Result<Self> {
+    pub fn new(device: &Device, kinds: &[MaskKind]) -> Result<Self> {
         if device.is_host() {
             let reason = "steps are computed by the host".to_owned();
             return Err(Error::Unsupported { operation: "cursor", device: device.name(), reason });
         }
         let zeros = |dtype, count| Tensor::zeros(device, Category::Workspace, dtype, &[count]);
-        let sizes: Vec<u32> = windows.iter().map(|window| window.unwrap_or(0) as u32).collect();
+        let size = |keys: Option<usize>| keys.map_or(0, |keys| u32::try_from(keys).unwrap_or(u32::MAX));
+        let limits: Vec<u32> = kinds.iter().flat_map(|kind| [size(kind.window), size(kind.chunk)]).collect();
         Ok(Self {
             token: zeros(DType::U32, 1)?,
             position: zeros(DType::U32, 1)?,
-            ranges: zeros(DType::I32, 2 * windows.len())?,
-            windows: Tensor::from_slice(device, Category::Workspace, &[sizes.len()], &sizes)?,
+            ranges: zeros(DType::I32, 2 * kinds.len())?,
+            limits: Tensor::from_slice(device, Category::Workspace, &[limits.len()], &limits)?,
             log: zeros(DType::U32, LOG)?,
             drawn: zeros(DType::U32, 1)?,
             counts: None,
-            kinds: windows.to_vec(),
+            kinds: kinds.to_vec(),
         })
     }
 
@@ -61,10 +62,7 @@ impl Cursor {
     /// Out of memory.
     pub fn place(&mut self, token: u32, position: usize, drawn: u32, counts: Option<&[u32]>) -> Result<()> {
         let end = position + 1;
-        let visible = self
-            .kinds
-            .iter()
-            .flat_map(|window| [window.map_or(0, |window| end.saturating_sub(window)) as i32, end as i32]);
+        let visible = self.kinds.iter().flat_map(|kind| [kind.first_key(position) as i32, end as i32]);
         let visible: Vec<i32> = visible.collect();
         self.token.write_shared(&[token]);
         self.position.write_shared(&[position as u32]);
@@ -104,6 +102,7 @@ impl Cursor {
             // Nobody reads which queries see a key in a forward pass.
             ranges: Some([begin.clone(), end.clone(), begin, end]),
             tokens: [1, rows],
+            choice: None,
         })
     }
 

@@ -73,15 +73,15 @@ impl Default for LinearOptions<'_> {
     }
 }
 
-/// `out = x W^T` without a record: x \[T, D\], W \[N, D\], out \[T, N\] of any float type.
+/// `out = scale x W^T` without a record: x \[T, D\], W \[N, D\], out \[T, N\] of any float type.
 ///
 /// # Errors
 /// [`crate::Error::Shape`] when widths disagree.
-pub fn project(x: &Tensor, weight: &Tensor, out: &mut Tensor) -> Result<()> {
+pub fn project(x: &Tensor, weight: &Tensor, scale: f32, out: &mut Tensor) -> Result<()> {
     expect_shape("project", "input", &[x.columns()], &[weight.columns()])?;
     expect_shape("project", "result", &[out.rows(), out.columns()], &[x.rows(), weight.rows()])?;
     let product = (Operand::plain(x), Operand::transposed(weight));
-    x.device().kernels().matmul(&[product], out, &Finish::STORE, arithmetic_for(x.dtype()))
+    x.device().kernels().matmul(&[product], out, &Finish::scaled(scale), arithmetic_for(x.dtype()))
 }
 
 /// The adapter's part of a forward pass that the backward pass needs.

@@ -2,7 +2,7 @@
 
 mod fp8;
 
-use crate::device::{Finish, GradientCodes, Operand, ScaledRows};
+use crate::device::{Finish, GradientCodes, Operand, Riding, ScaledRows, Share};
 use crate::error::Result;
 use crate::memory::Category;
 use crate::ops::linear::{check_residual, linear, token_count};
@@ -74,6 +74,12 @@ impl LinearGroup {
     pub fn spare(&self) -> usize {
         let riding = self.packed.as_ref().filter(|packed| packed.quantised.is_none());
         riding.map_or(0, |packed| packed.wide.columns() - packed.weight.columns())
+    }
+
+    /// What whoever computes the group's input can multiply it by at once, into the columns that it has to spare.
+    pub fn riding(&self) -> Option<Riding> {
+        let packed = self.packed.as_ref().filter(|packed| packed.quantised.is_none())?;
+        packed.a.clone().map(|a| Riding { a, scale: packed.scale })
     }
 
     /// Moves frozen weights into one matrix in the type of activations, and makes copies of the adapters there that
@@ -178,15 +184,15 @@ pub fn linear_group(
     let residual = check_residual(&options, &input, features)?;
     let scratch =
         |columns| Tensor::scratch(&device, Category::Activations, input.dtype(), &[tokens, columns]);
-    let Reduced { reduced, wide_input } = reduce(tape, x, group, packed, &input)?;
+    let Reduced { reduced, wide_input, kept } = reduce(tape, x, group, packed, &input)?;
     if let Some(residual) = residual.filter(|_| options.ends_block && tape.is_again()) {
-        return record(tape, x, group, packed, options, (residual.clone(), reduced));
+        return record(tape, x, group, packed, options, (residual.clone(), kept));
     }
     let mut out = scratch(features)?;
     if let Some(quantised) = &packed.quantised {
         let input = (&input, x.codes());
         packed.forward_fp8(quantised, input, reduced.as_ref(), residual, &mut out)?;
-        return record(tape, x, group, packed, options, (out, reduced));
+        return record(tape, x, group, packed, options, (out, kept));
     }
     let finish = Finish { bias: packed.bias.as_ref(), residual, ..Finish::STORE };
     match (&reduced, wide_input) {
@@ -207,7 +213,7 @@ pub fn linear_group(
             kernels.matmul(&[product], &mut out, &finish, arithmetic)?;
         }
     }
-    record(tape, x, group, packed, options, (out, reduced))
+    record(tape, x, group, packed, options, (out, kept))
 }
 
 /// What the adapters of a group make of its input.
@@ -216,12 +222,24 @@ struct Reduced {
     reduced: Option<Tensor>,
     /// `[x | s x A^T]`, where rows of x have room for it.
     wide_input: Option<Tensor>,
+    /// Where it is in the backward pass; `None` where that does not read it.
+    kept: Option<KeptReduced>,
+}
+
+/// Where s x A^T \[T, S\] is in the backward pass.
+enum KeptReduced {
+    Here(Tensor),
+    /// Next to the input, which is computed again together with it.
+    BesideInput,
 }
 
 /// Multiplies the input by all A, into the columns that it has to spare if it has them. There the result stays where the
-/// input is kept for the backward pass anyway; else it is copied, because a norm that is computed again has none.
+/// input is kept for the backward pass anyway; else it is copied, because a norm that is computed again has none, unless
+/// the product rides on the norm.
 fn reduce(tape: &Tape, x: &Var, group: &LinearGroup, packed: &Packed, input: &Tensor) -> Result<Reduced> {
-    let Some(a) = &packed.a else { return Ok(Reduced { reduced: None, wide_input: None }) };
+    let Some(a) = &packed.a else { return Ok(Reduced { reduced: None, wide_input: None, kept: None }) };
+    let is_kept = tape.is_recording() && group.trains();
+    let here = |reduced: &Tensor| is_kept.then(|| KeptReduced::Here(reduced.clone()));
     let (device, arithmetic) = (input.device().clone(), arithmetic_for(input.dtype()));
     let (tokens, finish) = (input.rows(), Finish::scaled(packed.scale));
     let product = (Operand::plain(input), Operand::transposed(a));
@@ -232,20 +250,27 @@ fn reduce(tape: &Tape, x: &Var, group: &LinearGroup, packed: &Packed, input: &Te
     let Some((mut spare, wide_input)) = spare else {
         let mut reduced = scratch()?;
         device.kernels().matmul(&[product], &mut reduced, &finish, arithmetic)?;
-        return Ok(Reduced { reduced: Some(reduced), wide_input: None });
+        return Ok(Reduced { kept: here(&reduced), reduced: Some(reduced), wide_input: None });
     };
-    device.kernels().matmul(&[product], &mut spare, &finish, arithmetic)?;
-    let reduced = if !tape.is_recording() || !group.trains() {
-        spare
-    } else if let Saved::Value(_) = x.save() {
-        input.keep_spare();
-        spare
-    } else {
-        let mut copy = scratch()?;
-        device.kernels().convert(&spare, &mut copy);
-        copy
+    let has_it =
+        x.riding().is_some_and(|riding| riding.a.address() == a.address() && riding.scale == packed.scale);
+    if !has_it {
+        device.kernels().matmul(&[product], &mut spare, &finish, arithmetic)?;
+    }
+    let kept = match x.save() {
+        _ if !is_kept => None,
+        Saved::Value(_) => {
+            input.keep_spare();
+            here(&spare)
+        }
+        Saved::Again(_) if has_it => Some(KeptReduced::BesideInput),
+        Saved::Again(_) => {
+            let mut copy = scratch()?;
+            device.kernels().convert(&spare, &mut copy);
+            here(&copy)
+        }
     };
-    Ok(Reduced { reduced: Some(reduced), wide_input: Some(wide_input) })
+    Ok(Reduced { reduced: Some(spare), wide_input: Some(wide_input), kept })
 }
 
 /// Divides the result among the layers and records how gradients flow back.
@@ -255,7 +280,7 @@ fn record(
     group: &LinearGroup,
     packed: &Packed,
     options: LinearOptions<'_>,
-    (out, reduced): (Tensor, Option<Tensor>),
+    (out, reduced): (Tensor, Option<KeptReduced>),
 ) -> Result<Vec<Var>> {
     let adapters: Vec<Option<Lora>> = group.layers.iter().map(|layer| layer.lora.clone()).collect();
     let trains = group.trains();
@@ -268,7 +293,8 @@ fn record(
         packed: packed.clone(),
         adapters,
         widths: widths.clone(),
-        reduced: reduced.filter(|_| trains),
+        reduced,
+        takes_share: x.riding().is_some(),
         input_slot: x.slot(),
         residual_slot,
     };
@@ -283,8 +309,9 @@ struct Node {
     packed: Packed,
     adapters: Vec<Option<Lora>>,
     widths: Vec<usize>,
-    /// s x A^T \[T, S\].
-    reduced: Option<Tensor>,
+    reduced: Option<KeptReduced>,
+    /// Whether who computed the input adds the adapters' part to its gradient.
+    takes_share: bool,
     input_slot: Option<usize>,
     residual_slot: Option<usize>,
 }
@@ -299,7 +326,7 @@ impl Node {
         let [tokens, width] = self.input_shape;
         let is_large = tokens * width * d_out.dtype().bytes() >= APART_BYTES;
         if is_large && let Some(d_input) = self.riding_slopes(gradients, &d_out)? {
-            return self.hand_on(gradients, Some(d_input), d_out);
+            return self.hand_on(gradients, Some(d_input), None, d_out);
         }
         let is_apart = width > d_out.columns() && is_large;
         let (mut d_input, d_reduced) = match self.input_slot {
@@ -320,18 +347,28 @@ impl Node {
             d_input = Some(alone);
         }
         let is_left = self.packed.quantised.is_none();
-        if let (true, Some(d_reduced), Some(d_input), Some(a)) =
-            (is_left, &d_reduced, &mut d_input, &self.packed.a)
-        {
-            let finish = Finish { scale: self.packed.scale, ..Finish::ACCUMULATE };
-            self.multiply((Operand::plain(d_reduced), a), d_input, &finish)?;
+        let mut share = None;
+        if let (true, Some(d), Some(d_input), Some(a)) = (is_left, d_reduced, &mut d_input, &self.packed.a) {
+            let rest = Share { d, riding: Riding { a: a.clone(), scale: self.packed.scale } };
+            match self.takes_share {
+                true => share = Some(rest),
+                false => rest.add_to(d_input)?,
+            }
         }
-        self.hand_on(gradients, d_input, d_out)
+        self.hand_on(gradients, d_input, share, d_out)
     }
 
-    fn hand_on(self, gradients: &mut Gradients, d_input: Option<Tensor>, d_out: Tensor) -> Result<()> {
-        if let (Some(slot), Some(d_input)) = (self.input_slot, d_input) {
-            gradients.add(slot, d_input)?;
+    fn hand_on(
+        self,
+        gradients: &mut Gradients,
+        d_input: Option<Tensor>,
+        share: Option<Share>,
+        d_out: Tensor,
+    ) -> Result<()> {
+        match (self.input_slot, d_input, share) {
+            (Some(slot), Some(d_input), Some(share)) => gradients.add_with_share(slot, d_input, share)?,
+            (Some(slot), Some(d_input), None) => gradients.add(slot, d_input)?,
+            _ => {}
         }
         match self.residual_slot {
             Some(slot) => gradients.add(slot, d_out),
@@ -427,6 +464,11 @@ impl Node {
     ) -> Result<()> {
         let (Some(reduced), Some(saved)) = (&self.reduced, &self.input) else { return Ok(()) };
         let input = saved.get()?.reshape(&self.input_shape)?;
+        let beside = || input.spare_columns().expect("invariant: it rides on the input").0;
+        let reduced = match reduced {
+            KeptReduced::Here(reduced) => reduced.clone(),
+            KeptReduced::BesideInput => beside(),
+        };
         let tokens = d_out.rows();
         let (mut row, mut column) = (0, 0);
         for (lora, &features) in self.adapters.iter().zip(&self.widths) {

@@ -1,6 +1,6 @@
 //! RMSNorm.
 
-use crate::device::{NormWeight, ScaledRows};
+use crate::device::{NormWeight, Riding, RowKernel, ScaledRows};
 use crate::error::{Result, expect_shape};
 use crate::memory::Category;
 use crate::{DType, Tape, Tensor, Var, Weight};
@@ -23,7 +23,7 @@ pub fn rms_norm(
 }
 
 /// What rows carry for their readers: columns to spare, see [`Tensor::scratch_with_spare`], and codes.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Default)]
 pub struct Spare {
     /// Of the result.
     pub result: usize,
@@ -31,6 +31,8 @@ pub struct Spare {
     pub gradient: usize,
     /// Whether the result is rounded to eight bits as well, for [`crate::ops::LinearGroup::reads_codes`].
     pub codes: bool,
+    /// Whose product with the result goes into its spare columns: [`crate::ops::LinearGroup::riding`].
+    pub riding: Option<Riding>,
 }
 
 /// [`rms_norm`] whose rows carry something for their readers.
@@ -51,8 +53,14 @@ pub fn rms_norm_with_spare(
         expect_shape("rms_norm", "weight", value.shape(), &[input.columns()])?;
     }
     let device = input.device().clone();
+    let parameter = weight.and_then(Weight::parameter).cloned();
+    let rides = |riding: &Riding| {
+        let has_room = spare.result == riding.a.rows() && input.shape().len() == 2 && parameter.is_none();
+        has_room && device.kernels().rides(RowKernel::Norm, &input, riding)
+    };
+    let riding = spare.riding.clone().filter(rides);
     let compute = {
-        let (input, value, device) = (input.clone(), value.clone(), device.clone());
+        let (input, value, device, riding) = (input.clone(), value.clone(), device.clone(), riding.clone());
         move |spare: usize, codes: bool| -> Result<(Tensor, Option<ScaledRows>)> {
             let rows = [input.rows(), input.columns()];
             let category = Category::Activations;
@@ -65,22 +73,39 @@ pub fn rms_norm_with_spare(
             {
                 return Ok((out, Some(codes)));
             }
-            device.kernels().rms_norm(&input, value.as_ref(), kind, epsilon, &mut out);
+            let value = value.as_ref();
+            let kernels = device.kernels();
+            match &riding {
+                Some(riding) if kernels.rms_norm_riding(&input, value, (kind, epsilon), riding, &mut out) => {
+                }
+                _ => {
+                    kernels.rms_norm(&input, value, kind, epsilon, &mut out);
+                    riding.iter().try_for_each(|riding| riding.put_beside(&out))?;
+                }
+            }
             Ok((out, None))
         }
     };
     let (out, codes) = compute(spare.result, spare.codes)?;
-    let parameter = weight.and_then(Weight::parameter).cloned();
     let input_slot = x.slot();
     let wanted = input_slot.is_some() || parameter.is_some();
+    let gap = spare.gradient;
     let var = tape.push(out, wanted, |slot| {
         Box::new(move |gradients| {
-            let Some(d_out) = gradients.take(slot) else { return Ok(()) };
-            let kernels = device.kernels();
+            let Some((mut d_out, share)) = gradients.take_with_share(slot) else { return Ok(()) };
+            let (kernels, value) = (device.kernels(), value.as_ref());
             if let Some(slot) = input_slot {
-                gradients.add_onto(slot, (&input, input.shape(), spare.gradient), |d_x, held| {
+                gradients.add_onto(slot, (&input, input.shape(), gap), |d_x, held| {
+                    if let Some(share) = &share {
+                        let (norm, with_share) = ((kind, epsilon), (&d_out, share));
+                        let d_x = (&mut *d_x, held);
+                        if kernels.rms_norm_backward_riding(&input, value, norm, with_share, d_x) {
+                            return Ok(());
+                        }
+                        share.add_to(&mut d_out)?;
+                    }
                     let d_x = Some((d_x, held));
-                    kernels.rms_norm_backward(&input, value.as_ref(), kind, epsilon, &d_out, d_x, None);
+                    kernels.rms_norm_backward(&input, value, kind, epsilon, &d_out, d_x, None);
                     Ok(())
                 })?;
             }
@@ -88,12 +113,12 @@ pub fn rms_norm_with_spare(
             parameter.accumulate(|d_weight| {
                 debug_assert_eq!(d_weight.dtype(), DType::F32);
                 let d_weight = Some(d_weight);
-                kernels.rms_norm_backward(&input, value.as_ref(), kind, epsilon, &d_out, None, d_weight);
+                kernels.rms_norm_backward(&input, value, kind, epsilon, &d_out, None, d_weight);
                 Ok(())
             })
         })
     });
     // With the same columns to spare, so that products read it alike whether it was kept or not.
     let var = tape.with_recipe(var, move || compute(spare.result, false).map(|computed| computed.0));
-    Ok(var.with_codes(codes))
+    Ok(var.with_codes(codes).with_riding(riding))
 }

@@ -61,6 +61,11 @@ impl RopeTable {
         Self { rows, ..self.clone() }
     }
 
+    /// The same angles for other pairs of elements.
+    pub fn paired(&self, pairing: RopePairing) -> Self {
+        Self { pairing, ..self.clone() }
+    }
+
     /// Whether both tables hold their angles in the same memory.
     pub fn has_angles_of(&self, other: &Self) -> bool {
         self.cosines.shares_memory(&other.cosines)

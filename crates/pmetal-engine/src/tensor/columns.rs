@@ -121,6 +121,19 @@ impl Tensor {
         Ok(Self { shape: vec![rows, width], part, ..whole })
     }
 
+    /// A scratch tensor of this shape whose rows, if it is a matrix, have as many columns to spare.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`].
+    pub(crate) fn scratch_like(&self, category: Category) -> Result<Self> {
+        match (self.shape.as_slice(), &self.part) {
+            (&[rows, width], Some(part)) => {
+                Self::scratch_with_spare(self.device(), category, self.dtype, [rows, width], part.spare)
+            }
+            (shape, _) => Self::scratch(self.device(), category, self.dtype, shape),
+        }
+    }
+
     /// The spare columns as a matrix \[T, spare\], and these columns together with them. They belong to whoever holds
     /// these columns: only one of the users of a tensor may write them at a time, and nobody after [`Self::keep_spare`].
     pub(crate) fn spare_columns(&self) -> Option<(Self, Self)> {

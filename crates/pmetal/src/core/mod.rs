@@ -135,9 +135,14 @@ impl OpenedModel {
         }
         let mut files = Vec::new();
         for name in SIDE_FILES {
-            if let Some(text) = self.checkpoint.read_text_file(name, SIDE_FILE_BYTES)? {
-                files.push((name.to_owned(), text.into_bytes()));
+            let Some(mut text) = self.checkpoint.read_text_file(name, SIDE_FILE_BYTES)? else { continue };
+            // Whatever is written beside it is written as plain numbers.
+            if name == "config.json" && self.config_value.get("quantization_config").is_some() {
+                let mut config = self.config_value.clone();
+                config.as_object_mut().map(|fields| fields.remove("quantization_config"));
+                text = format!("{config:#}\n");
             }
+            files.push((name.to_owned(), text.into_bytes()));
         }
         Ok(files)
     }

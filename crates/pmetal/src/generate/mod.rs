@@ -132,9 +132,9 @@ impl<'a> Session<'a> {
             }
             self.ids.push(token);
             generated += 1;
-            if !self.decoder.device().is_host()
-                && let Some(finish) = self.step_on(sampling, rules, &mut generated, &mut accept)?
-            {
+            // What a step ahead leaves in a state could not be taken back.
+            let goes_ahead = !self.decoder.device().is_host() && !self.decoder.passes_states();
+            if goes_ahead && let Some(finish) = self.step_on(sampling, rules, &mut generated, &mut accept)? {
                 return Ok(finish);
             }
             if generated < rules.max_tokens {

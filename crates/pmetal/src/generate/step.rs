@@ -37,7 +37,7 @@ impl Stepper {
         options: SampleOptions,
         records: bool,
     ) -> Result<Self> {
-        let cursor = Cursor::new(decoder.device(), &decoder.windows())?;
+        let cursor = Cursor::new(decoder.device(), &decoder.mask_kinds())?;
         let inputs = Arc::new(decoder.step_inputs(&cursor, rows, length)?);
         let epochs = decoder.epochs(length);
         Ok(Self { recording: None, inputs, cursor, options, rows, epochs, is_warm: false, records })

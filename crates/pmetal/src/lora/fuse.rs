@@ -49,7 +49,12 @@ pub fn fuse(source: &ModelSource, adapter: &Path, output: &Path) -> Result<FuseR
     let checkpoint = &opened.checkpoint;
     let spec = families::read(&opened.config)?;
     loader::check(checkpoint, &spec, &mut Vec::new())?;
-    let (_, parts) = super::read(adapter, &loader::linear_shapes(&spec))?;
+    let read = super::read(adapter, &loader::linear_shapes(&spec), &loader::expert_matrices(&spec))?;
+    if let Some(name) = read.experts.keys().next() {
+        let folder = adapter.display();
+        return Err(Error::Usage(format!("`{folder}` adapts `{name}`: experts cannot be merged yet")));
+    }
+    let parts = read.linears;
     for (module, part) in &parts {
         if let Some(value) = part.a.iter().chain(&part.b).find(|value| !value.is_finite()) {
             return Err(Error::Checkpoint(format!(

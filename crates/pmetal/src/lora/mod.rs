@@ -1,6 +1,7 @@
 //! Low-rank adapters: attaching them to a decoder, reading and writing them in PEFT's format, and merging
 //! them into the weights.
 
+pub mod experts;
 pub mod fuse;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -12,6 +13,7 @@ use pmetal_engine::{Category, DType, Parameter, Tensor, Weight};
 use pmetal_formats::adapter::AdapterConfig;
 use pmetal_formats::safetensors::SafetensorsFile;
 
+use self::experts::{ExpertMatrix, ExpertParts};
 use crate::error::{Error, Faults, Result};
 use crate::models::Decoder;
 
@@ -48,6 +50,7 @@ pub fn attach(decoder: &mut Decoder, config: &AdapterConfig, seed: u64) -> Resul
         names.push(module.to_owned());
         Ok(())
     })?;
+    names.extend(experts::attach(decoder, &matcher, seed)?);
     if names.is_empty() {
         return Err(Error::Usage(format!(
             "target modules {} match none of the model's linear layers",
@@ -69,25 +72,41 @@ pub struct AdapterPart {
     pub b: Vec<f32>,
 }
 
-/// Reads an adapter folder for a model whose linear layers have the given names and shapes \[N, D\].
+/// What an adapter folder holds.
+pub struct AdapterParts {
+    /// Its configuration.
+    pub config: AdapterConfig,
+    /// By module.
+    pub linears: BTreeMap<String, AdapterPart>,
+    /// By parameter.
+    pub experts: ExpertParts,
+    /// s of these.
+    pub expert_scales: BTreeMap<String, f64>,
+}
+
+/// Reads an adapter folder for a model whose linear layers have the given names and shapes \[N, D\], and its experts the
+/// given matrices.
 ///
 /// # Errors
 /// [`Error::Checkpoint`] naming tensors that are missing, left over or of another shape; what reading returns.
 pub fn read(
     folder: &Path,
     linears: &[(String, [usize; 2])],
-) -> Result<(AdapterConfig, BTreeMap<String, AdapterPart>)> {
+    matrices: &[ExpertMatrix],
+) -> Result<AdapterParts> {
     let config = AdapterConfig::open(&folder.join(CONFIG_FILE))?;
     let path = folder.join(WEIGHTS_FILE);
     let file = SafetensorsFile::open(&path)?;
     let mut left: BTreeSet<&str> = file.tensors().iter().map(|info| info.name.as_str()).collect();
     let (mut faults, mut parts) = (Faults::default(), BTreeMap::new());
     let (matcher, mut targeted) = (config.matcher()?, 0);
+    let of_whole = left.iter().any(|name| name.contains(".language_model."));
     for (module, [features, width]) in linears {
-        let Some(shape) = matcher.target(module, true, false) else { continue };
+        let path = if of_whole { in_whole_model(module) } else { module.clone() };
+        let Some(shape) = matcher.target(&path, true, false) else { continue };
         targeted += 1;
         let mut half = |letter: &str, expected: [usize; 2]| -> Result<Option<Vec<f32>>> {
-            let name = key_of(module, letter);
+            let name = key_of(&path, letter);
             left.remove(name.as_str());
             match file.info(&name) {
                 None => faults.add(format!("tensor `{name}` {expected:?} is missing")),
@@ -102,7 +121,8 @@ pub fn read(
             parts.insert(module.clone(), AdapterPart { rank: shape.rank, scale: shape.scale, a, b });
         }
     }
-    if targeted == 0 {
+    let (experts, expert_scales) = experts::read(&file, matrices, &matcher, &mut left, &mut faults)?;
+    if targeted == 0 && experts.is_empty() {
         return Err(Error::Usage(format!(
             "`{}`: target modules {} match none of the model's linear layers",
             folder.display(),
@@ -113,7 +133,7 @@ pub fn read(
         faults.add(format!("tensor `{name}` belongs to no targeted module"));
     }
     faults.into_result(&path)?;
-    Ok((config, parts))
+    Ok(AdapterParts { config, linears: parts, experts, expert_scales })
 }
 
 /// Puts an adapter folder onto a decoder; `trainable` says whether its tensors become parameters.
@@ -126,7 +146,8 @@ pub fn load(decoder: &mut Decoder, folder: &Path, trainable: bool) -> Result<Ada
         .into_iter()
         .map(|(module, linear)| (module, <[usize; 2]>::from(dimensions(linear))))
         .collect();
-    let (config, mut parts) = read(folder, &shapes)?;
+    let AdapterParts { config, linears: mut parts, experts, expert_scales } =
+        read(folder, &shapes, &decoder.expert_matrices())?;
     let device = decoder.device().clone();
     decoder.change_linears(|module, linear| {
         let Some(part) = parts.remove(module) else { return Ok(()) };
@@ -148,6 +169,7 @@ pub fn load(decoder: &mut Decoder, folder: &Path, trainable: bool) -> Result<Ada
         });
         Ok(())
     })?;
+    experts::load(decoder, &experts, &expert_scales, trainable)?;
     Ok(config)
 }
 
@@ -159,19 +181,31 @@ pub fn base_model_of(folder: &Path) -> Result<Option<String>> {
     Ok(AdapterConfig::open(&folder.join(CONFIG_FILE))?.base_model_name_or_path)
 }
 
-/// The adapter's tensors as PEFT names them, in a fixed order.
-pub fn tensors(decoder: &Decoder) -> Vec<(String, Tensor)> {
+/// The adapter's tensors as PEFT names them and orders their elements, in a fixed order.
+///
+/// # Errors
+/// A failure of the device.
+pub fn tensors(decoder: &Decoder) -> Result<Vec<(String, Tensor)>> {
     let each = decoder.linears().into_iter();
-    each.filter_map(|(module, linear)| linear.lora.as_ref().map(|lora| (module, lora)))
+    let mut tensors: Vec<(String, Tensor)> = each
+        .filter_map(|(module, linear)| linear.lora.as_ref().map(|lora| (module, lora)))
         .flat_map(|(module, lora)| {
             [(key_of(&module, "A"), lora.a.value()), (key_of(&module, "B"), lora.b.value())]
         })
-        .collect()
+        .collect();
+    tensors.extend(experts::tensors(decoder)?);
+    Ok(tensors)
 }
 
 /// The name that PEFT gives to one half of a module's adapter.
 pub fn key_of(module: &str, letter: &str) -> String {
     format!("base_model.model.{module}.lora_{letter}.weight")
+}
+
+/// The path of a text model's module inside a multimodal model, as transformers 5 has it: adapters that were trained there
+/// are named by it.
+fn in_whole_model(module: &str) -> String {
+    module.replacen("model.", "model.language_model.", 1)
 }
 
 fn dimensions(linear: &Linear) -> (usize, usize) {

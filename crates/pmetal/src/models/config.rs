@@ -91,6 +91,11 @@ fn is_harmless(name: &str, value: &Value) -> bool {
         // The tensors decide: a bias that is missing or left over is an error of its own.
         "attention_bias" | "mlp_bias" | "qkv_bias" | "lm_head_bias" => value.is_boolean(),
         "is_decoder" => value.is_boolean(),
+        // How matrices are stored, which whoever reads them has checked.
+        "quantization_config" => {
+            let method = value.get("quant_method").and_then(Value::as_str);
+            matches!(method, Some("fp8" | "mxfp4"))
+        }
         _ => false,
     }
 }
@@ -126,6 +131,24 @@ impl Config {
     pub fn get(&self, name: &str) -> Option<&Value> {
         self.seen.borrow_mut().insert(name.to_owned());
         self.fields.get(name).filter(|value| !value.is_null())
+    }
+
+    /// Whether the file has the field, null included.
+    pub fn has(&self, name: &str) -> bool {
+        self.seen.borrow_mut().insert(name.to_owned());
+        self.fields.contains_key(name)
+    }
+
+    /// A finite number above zero; `None` for null, `default` where the field is absent.
+    ///
+    /// # Errors
+    /// As [`Self::positive`].
+    pub fn nullable(&self, name: &str, default: Option<f64>) -> Result<Option<f64>> {
+        match (self.has(name), self.get(name)) {
+            (false, _) => Ok(default),
+            (true, None) => Ok(None),
+            (true, Some(_)) => self.positive(name, 1.0).map(Some),
+        }
     }
 
     /// The model type that selects the family.
@@ -248,6 +271,43 @@ impl Config {
             entry.as_str().map(str::to_owned).ok_or_else(|| wrong(name, entry, "a list of strings"))
         });
         strings.collect::<Result<Vec<_>>>().map(Some)
+    }
+
+    /// One truth value per layer from a list of zeros and ones, `None` when absent or empty.
+    ///
+    /// # Errors
+    /// [`Error::Config`] when the list has another length or holds something else.
+    pub fn layer_flags(&self, name: &str, layers: usize) -> Result<Option<Vec<bool>>> {
+        let Some(value) = self.get(name) else { return Ok(None) };
+        let list = value.as_array().ok_or_else(|| wrong(name, value, "a list"))?;
+        if list.is_empty() {
+            return Ok(None);
+        }
+        if list.len() != layers {
+            return Err(Error::Config(format!("`{name}` has {} entries for {layers} layers", list.len())));
+        }
+        let flags = list.iter().map(|entry| match (entry.as_u64(), entry.as_bool()) {
+            (Some(0), _) | (_, Some(false)) => Ok(false),
+            (Some(1), _) | (_, Some(true)) => Ok(true),
+            _ => Err(wrong(name, entry, "a list of zeros and ones")),
+        });
+        flags.collect::<Result<Vec<_>>>().map(Some)
+    }
+
+    /// Numbers of layers, `None` when absent.
+    ///
+    /// # Errors
+    /// [`Error::Config`] when the field holds anything else than whole numbers.
+    pub fn layer_numbers(&self, name: &str, layers: usize) -> Result<Option<Vec<usize>>> {
+        let Some(value) = self.get(name) else { return Ok(None) };
+        let list = value.as_array().ok_or_else(|| wrong(name, value, "a list"))?;
+        let numbers = list.iter().map(|entry| {
+            let number = entry.as_u64().and_then(|number| usize::try_from(number).ok());
+            number.ok_or_else(|| wrong(name, entry, "a list of whole numbers"))
+        });
+        // Numbers beyond the last layer name none.
+        let numbers = numbers.collect::<Result<Vec<_>>>()?;
+        Ok(Some(numbers.into_iter().filter(|&number| number < layers).collect()))
     }
 
     /// A list of finite positive numbers, `None` when absent.

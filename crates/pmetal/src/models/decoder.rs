@@ -1,19 +1,23 @@
 //! The one forward pass of all families.
 
+mod indexer;
 mod reference;
+mod run;
 
 use std::sync::Arc;
 
-use pmetal_engine::device::{AttentionParameters, CrossEntropyParameters};
+use pmetal_engine::device::CrossEntropyParameters;
 use pmetal_engine::ops::{
-    self, CrossEntropy, Dropout, GatedOptions, LinearGroup, LinearOptions, Spare, Targets,
-    linear_cross_entropy, rms_norm,
+    self, Balance, CrossEntropy, Dropout, LinearGroup, Spare, Targets, linear_cross_entropy,
 };
 use pmetal_engine::{Category, DType, Device, Recompute, Tape, Tensor, Var, Weight};
 
+use self::run::Shared;
+pub(super) use self::run::attention_parameters;
 use super::cache::KeyValueCache;
 use super::inputs::{AngleCache, Inputs};
-use super::spec::{AttentionSpec, LayerSpec, Spec};
+use super::layer::{Layer, Norm};
+use super::spec::Spec;
 use crate::error::{Error, Result};
 
 /// A decoder with its weights on a device.
@@ -26,24 +30,9 @@ pub struct Decoder {
     pub(super) angle_cache: AngleCache,
     pub(super) embedding: Weight,
     pub(super) layers: Vec<Arc<Layer>>,
-    pub(super) final_norm: Weight,
+    pub(super) final_norm: Norm,
     /// `None` when the head is the embedding.
     pub(super) head: Option<Weight>,
-}
-
-/// One layer's weights.
-#[derive(Clone)]
-pub(super) struct Layer {
-    pub(super) spec: LayerSpec,
-    pub(super) input_norm: Weight,
-    /// Query, key and value.
-    pub(super) projection: LinearGroup,
-    pub(super) output: LinearGroup,
-    pub(super) query_norm: Option<Weight>,
-    pub(super) key_norm: Option<Weight>,
-    pub(super) post_attention_norm: Weight,
-    pub(super) gate_up: LinearGroup,
-    pub(super) down: LinearGroup,
 }
 
 /// Tokens of one or more documents in one flat run; documents never see each other.
@@ -92,19 +81,12 @@ pub struct Forward<'a> {
     pub recompute: Recompute,
     /// Randomness of adapter dropout; absent outside training.
     pub dropout: Option<Dropout>,
+    /// What balances the load of experts.
+    pub balance: Option<Balance>,
     /// Keys and values of earlier tokens of a single document; extended by the run's.
     pub cache: Option<&'a mut KeyValueCache>,
     /// Called with the embedding's output (0), every layer's (from 1) and, last, the final norm's.
     pub observer: Option<Observer<'a>>,
-}
-
-/// What all layers of one forward pass share.
-#[derive(Clone)]
-struct Shared {
-    inputs: Arc<Inputs>,
-    epsilon: f32,
-    norm_weight: pmetal_engine::device::NormWeight,
-    dropout: Option<Dropout>,
 }
 
 impl Decoder {
@@ -139,12 +121,11 @@ impl Decoder {
     pub fn hidden_of(&self, tape: &Tape, inputs: &Arc<Inputs>, mut forward: Forward<'_>) -> Result<Var> {
         let shared = Shared {
             inputs: Arc::clone(inputs),
-            epsilon: self.spec.norm_epsilon,
-            norm_weight: self.spec.norm_weight,
+            residual_scale: self.spec.residual_scale,
             dropout: forward.dropout,
+            balance: forward.balance.take(),
         };
-        let ids = &inputs.ids;
-        let mut states = ops::embedding(tape, ids, &self.embedding, 1.0, self.spec.padding_id, self.dtype)?;
+        let mut states = self.embed(tape, inputs)?;
         let mut observe = forward.observer.take();
         for (index, layer) in self.layers.iter().enumerate() {
             if let Some(observe) = &mut observe {
@@ -165,16 +146,26 @@ impl Decoder {
             cache.advance(inputs.tokens);
             cache.epochs = self.epochs(cache.tokens());
         }
-        let weight = Some(&self.final_norm);
         // What flows back through the residuals starts here; the slopes of the adapters that it meets ride along.
-        let spare = self.layers.last().map_or(0, |layer| layer.down.spare());
-        let spare = Spare { gradient: spare, ..Spare::default() };
-        let (kind, epsilon) = (self.spec.norm_weight, self.spec.norm_epsilon);
-        let states = ops::rms_norm_with_spare(tape, &states, weight, kind, epsilon, spare)?;
+        let last = self.layers.last().and_then(|layer| layer.feed_forward.last_reader());
+        let spare = last.map_or(0, LinearGroup::spare);
+        let states = self.final_norm.apply(tape, &states, Spare { gradient: spare, ..Spare::default() })?;
         if let Some(observe) = &mut observe {
             observe(self.layers.len(), states.tensor());
         }
         Ok(states)
+    }
+
+    /// What the first layer reads.
+    fn embed(&self, tape: &Tape, inputs: &Inputs) -> Result<Var> {
+        // Rounded as a factor in the type of activations is.
+        let scale = match self.dtype {
+            DType::Bf16 => half::bf16::from_f32(self.spec.embedding_scale).to_f32(),
+            DType::F16 => half::f16::from_f32(self.spec.embedding_scale).to_f32(),
+            _ => self.spec.embedding_scale,
+        };
+        let padding = self.spec.padding_id;
+        Ok(ops::embedding(tape, &inputs.ids, &self.embedding, scale, padding, self.dtype)?)
     }
 
     /// Logits f32 of rows of [`Self::hidden`]'s result: \[T, V\].
@@ -185,8 +176,17 @@ impl Decoder {
         let weight = self.head().value();
         let shape = [states.rows(), weight.rows()];
         let mut logits = Tensor::scratch(&self.device, Category::Activations, DType::F32, &shape)?;
-        ops::project(states, &weight, &mut logits)?;
+        ops::project(states, &weight, self.spec.logit_scale, &mut logits)?;
+        if let Some(cap) = self.spec.logit_softcap {
+            ops::softcap(&mut logits, cap);
+        }
         Ok(logits)
+    }
+
+    /// What turns logits into a loss.
+    fn loss_parameters(&self, gradient_scale: f32) -> CrossEntropyParameters {
+        let (logit_scale, softcap) = (self.spec.logit_scale, self.spec.logit_softcap);
+        CrossEntropyParameters { logit_scale, softcap, gradient_scale }
     }
 
     /// The loss of a run: `labels[t]` is the target of token t, -100 where nothing is trained.
@@ -219,7 +219,7 @@ impl Decoder {
         forward: Forward<'_>,
     ) -> Result<(Var, CrossEntropy)> {
         let states = self.hidden_of(tape, inputs, forward)?;
-        let parameters = CrossEntropyParameters { logit_scale: 1.0, softcap: None, gradient_scale };
+        let parameters = self.loss_parameters(gradient_scale);
         let loss = linear_cross_entropy(tape, &states, self.head(), targets, &parameters)?;
         Ok((states, loss))
     }
@@ -231,121 +231,5 @@ impl Decoder {
 
     pub(crate) fn epochs(&self, length: usize) -> Vec<usize> {
         self.spec.ropes.iter().map(|rope| rope.epoch(length)).collect()
-    }
-}
-
-impl Shared {
-    fn options(&self) -> LinearOptions<'_> {
-        LinearOptions { dropout: self.dropout.as_ref(), ..LinearOptions::default() }
-    }
-}
-
-/// The results of a group of as many layers.
-fn projected<const COUNT: usize>(results: Vec<Var>) -> [Var; COUNT] {
-    match results.try_into() {
-        Ok(results) => results,
-        Err(_) => unreachable!("invariant: a group has a result for each layer"),
-    }
-}
-
-pub(super) fn attention_parameters(spec: &AttentionSpec) -> AttentionParameters {
-    AttentionParameters {
-        query_heads: spec.query_heads,
-        key_value_heads: spec.key_value_heads,
-        key_width: spec.head_width,
-        value_width: spec.head_width,
-        scale: spec.scale,
-        softcap: None,
-        window: spec.window,
-        chunk: None,
-        causal: true,
-    }
-}
-
-impl Layer {
-    fn run(
-        &self,
-        tape: &Tape,
-        states: Var,
-        shared: &Shared,
-        cache: Option<(&mut KeyValueCache, usize)>,
-    ) -> Result<Var> {
-        let norm = |x: &Var, weight: &Weight, reader: &LinearGroup| {
-            let kind = shared.norm_weight;
-            let spare = Spare { result: reader.spare(), gradient: 0, codes: reader.reads_codes() };
-            ops::rms_norm_with_spare(tape, x, Some(weight), kind, shared.epsilon, spare)
-        };
-        let normed = norm(&states, &self.input_norm, &self.projection)?;
-        let attended = self.attend(tape, &normed, shared, cache)?;
-        drop(normed);
-        let states = self.apply(tape, &attended, &self.output, shared.options(), &states)?;
-        drop(attended);
-        let normed = norm(&states, &self.post_attention_norm, &self.gate_up)?;
-        let [gate, up] = projected(ops::linear_group(tape, &normed, &self.gate_up, shared.options())?);
-        drop(normed);
-        let activation = self.spec.feed_forward.activation;
-        let carried = GatedOptions {
-            spare: self.down.spare(),
-            codes: self.down.reads_codes(),
-            gradient_factors: self.gate_up.gradient_factors(),
-        };
-        let product = ops::gated_with_spare(tape, activation, &gate, &up, carried)?;
-        drop((gate, up));
-        let options = LinearOptions { ends_block: true, ..shared.options() };
-        self.apply(tape, &product, &self.down, options, &states)
-    }
-
-    /// One linear layer whose result is added to the states.
-    fn apply<'a>(
-        &self,
-        tape: &Tape,
-        x: &Var,
-        group: &LinearGroup,
-        options: LinearOptions<'a>,
-        states: &'a Var,
-    ) -> Result<Var> {
-        let options = LinearOptions { residual: Some(states), ..options };
-        let [out] = projected(ops::linear_group(tape, x, group, options)?);
-        Ok(out)
-    }
-
-    /// Attention over normed states; the result is \[T, H * E\].
-    fn attend(
-        &self,
-        tape: &Tape,
-        normed: &Var,
-        shared: &Shared,
-        cache: Option<(&mut KeyValueCache, usize)>,
-    ) -> Result<Var> {
-        let spec = &self.spec.attention;
-        let tokens = normed.tensor().rows();
-        let heads = |flat: Var, heads: usize, head_norm: Option<&Weight>| -> Result<Var> {
-            let states = flat.reshape(&[tokens, heads, spec.head_width])?;
-            match head_norm {
-                Some(weight) => {
-                    let normed = rms_norm(tape, &states, Some(weight), shared.norm_weight, shared.epsilon)?;
-                    Ok(normed.detached_recipe())
-                }
-                None => Ok(states),
-            }
-        };
-        let [query, key, value] =
-            projected(ops::linear_group(tape, normed, &self.projection, shared.options())?);
-        let mut query = heads(query, spec.query_heads, self.query_norm.as_ref())?;
-        let mut key = heads(key, spec.key_value_heads, self.key_norm.as_ref())?;
-        let mut value = heads(value, spec.key_value_heads, None)?;
-        if let Some(rope) = spec.rope {
-            [query, key] = ops::rope_all(tape, [query, key], &shared.inputs.ropes[rope])?;
-        }
-        if let Some((cache, index)) = cache {
-            let rows = shared.inputs.cache_rows.as_ref();
-            let (keys, values) = cache.append(index, key.tensor(), value.tensor(), rows)?;
-            (key, value) = (Var::constant(keys), Var::constant(values));
-        }
-        let mask = shared.inputs.mask(spec);
-        let parameters = attention_parameters(spec);
-        let (inputs, spare) = ([&query, &key, &value], self.output.spare());
-        let out = ops::attention_with_spare(tape, &parameters, mask, inputs, None, spare)?;
-        Ok(out.reshape(&[tokens, spec.query_heads * spec.head_width])?)
     }
 }

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use pmetal_engine::device::{AttentionMask, Segment};
+use pmetal_engine::device::{AttentionMask, Documents, MaskKind, Segment};
 use pmetal_engine::ops::{self, Cursor, RopeTable, Targets};
 use pmetal_engine::{Category, Tensor};
 
@@ -20,7 +20,9 @@ pub struct Inputs {
     /// By the spec's list of rotary embeddings.
     pub(super) ropes: Vec<RopeTable>,
     /// A mask for every kind of it that layers have.
-    pub(super) masks: Vec<(Option<usize>, AttentionMask)>,
+    pub(super) masks: Vec<(MaskKind, AttentionMask)>,
+    /// Where documents are, for layers that pass on a state.
+    pub(super) documents: Option<Documents>,
     /// Tokens of documents, the others being padding.
     pub(super) tokens: usize,
     /// u32 \[T\]: rows of the cache that the tokens' keys and values go to, where the device decides. Attention is then
@@ -36,7 +38,7 @@ impl Inputs {
 
     /// The mask of a layer.
     pub(super) fn mask(&self, attention: &AttentionSpec) -> &AttentionMask {
-        let found = self.masks.iter().find(|(window, _)| *window == attention.window);
+        let found = self.masks.iter().find(|(kind, _)| *kind == attention.mask);
         &found.expect("invariant: every layer's mask was made").1
     }
 }
@@ -71,31 +73,38 @@ impl Decoder {
         let ropes =
             ropes.map(|(index, rope)| self.angles(index, rope, &positions, rows)).collect::<Result<_>>()?;
         let segments = segments_of(run, held);
-        let mut masks: Vec<(Option<usize>, AttentionMask)> = Vec::new();
+        let mut masks: Vec<(MaskKind, AttentionMask)> = Vec::new();
         for layer in &self.spec.layers {
             let attention = &layer.attention;
-            if masks.iter().all(|(window, _)| *window != attention.window) {
+            if masks.iter().all(|(kind, _)| *kind != attention.mask) {
                 let parameters = attention_parameters(attention);
                 let tokens = [rows, held + rows];
                 let mask = AttentionMask::new(&self.device, &parameters, Arc::clone(&segments), tokens)?;
-                masks.push((attention.window, mask));
+                masks.push((attention.mask, mask));
             }
         }
-        Ok(Inputs { ids, ropes, masks, tokens: run.ids.len(), cache_rows: None })
+        let documents = self.passes_states().then(|| Documents::new(&self.device, &segments, rows));
+        let documents = documents.transpose()?;
+        Ok(Inputs { ids, ropes, masks, documents, tokens: run.ids.len(), cache_rows: None })
     }
 
-    /// The most keys that a token sees, for every kind of mask that layers have.
-    pub(crate) fn windows(&self) -> Vec<Option<usize>> {
-        let mut windows = Vec::new();
+    /// Whether layers pass a state from token to token.
+    pub(crate) fn passes_states(&self) -> bool {
+        self.spec.layers.iter().any(|layer| layer.delta.is_some())
+    }
+
+    /// Every kind of mask that layers have.
+    pub(crate) fn mask_kinds(&self) -> Vec<MaskKind> {
+        let mut kinds = Vec::new();
         for layer in &self.spec.layers {
-            if !windows.contains(&layer.attention.window) {
-                windows.push(layer.attention.window);
+            if !kinds.contains(&layer.attention.mask) {
+                kinds.push(layer.attention.mask);
             }
         }
-        windows
+        kinds
     }
 
-    /// The inputs of a step that a cursor on [`Self::windows`] moves through a document of up to `rows` tokens, rotated as
+    /// The inputs of a step that a cursor on [`Self::mask_kinds`] moves through a document of up to `rows` tokens, rotated as
     /// those of `length` tokens are.
     ///
     /// # Errors
@@ -104,12 +113,13 @@ impl Decoder {
         let last = [Positions { first: rows - 1, count: 1, document_length: length }];
         let ropes = self.spec.ropes.iter().enumerate();
         let ropes = ropes.map(|(index, rope)| Ok(self.angles(index, rope, &last, 1)?.at(cursor.position())));
-        let masks = self.windows().into_iter().enumerate();
-        let masks = masks.map(|(kind, window)| Ok((window, cursor.mask(kind, rows)?)));
+        let masks = self.mask_kinds().into_iter().enumerate();
+        let masks = masks.map(|(index, kind)| Ok((kind, cursor.mask(index, rows)?)));
         Ok(Inputs {
             ids: cursor.token(),
             ropes: ropes.collect::<Result<_>>()?,
             masks: masks.collect::<Result<_>>()?,
+            documents: None,
             tokens: 1,
             cache_rows: Some(cursor.position()),
         })
@@ -141,9 +151,12 @@ impl Decoder {
         }
         inputs.ids.write_slice(&ids);
         let segments = segments_of(run, 0);
+        if let Some(documents) = &mut inputs.documents {
+            documents.set(&segments)?;
+        }
         for layer in &self.spec.layers {
             let attention = &layer.attention;
-            let mask = inputs.masks.iter_mut().find(|(window, _)| *window == attention.window);
+            let mask = inputs.masks.iter_mut().find(|(kind, _)| *kind == attention.mask);
             // Layers share masks.
             if let Some((_, mask)) = mask.filter(|(_, mask)| !Arc::ptr_eq(mask.shared_segments(), &segments))
             {

@@ -1,20 +1,28 @@
 //! From a checkpoint to a [`Decoder`]: every tensor that the configuration needs is there in its shape, and
 //! every tensor that is there was needed.
 
+mod stored;
+
+use std::cell::RefCell;
 use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::Arc;
 
-use pmetal_engine::ops::{Linear, LinearGroup};
+use pmetal_engine::ops::{ExpertLinear, Linear};
 use pmetal_engine::{Category, DType, Device, Parameter, Tensor, Weight};
 use pmetal_formats::checkpoint::Checkpoint;
 
+use self::stored::StoredNames;
 use super::config::Config;
-use super::decoder::{Decoder, Layer, TokenRun};
+use super::decoder::{Decoder, TokenRun};
 use super::families;
 use super::inputs::AngleCache;
-use super::spec::{FeedForwardSpec, LayerSpec, Spec};
-use crate::error::{Error, Faults, Result};
+use super::layer::{Layer, Named, Source, read_norm};
+use super::spec::{FeedForwardSpec, Spec};
+use crate::error::{Error, Result};
+
+pub use self::stored::check;
+use crate::lora::experts::ExpertMatrix;
 
 /// How weights come into memory.
 #[derive(Debug, Clone, Copy)]
@@ -71,8 +79,23 @@ pub fn load_base(
     let spec = families::read(config)?;
     let mut notes = Vec::new();
     check(checkpoint, &spec, &mut notes)?;
-    let source = CheckpointSource { checkpoint, device, options };
+    let source = CheckpointSource { checkpoint, names: StoredNames::of(checkpoint), device, options };
     Ok(LoadedModel { decoder: build(&source, spec, device, options.dtype, base)?, notes })
+}
+
+/// Loads the tensors that a specification needs, whatever else the checkpoint holds.
+///
+/// # Errors
+/// What reading the files returns; out of memory.
+pub(crate) fn load_spec(
+    checkpoint: &Checkpoint,
+    spec: Spec,
+    device: &Device,
+    dtype: DType,
+) -> Result<Decoder> {
+    let options = LoadOptions { dtype, train_all: false };
+    let source = CheckpointSource { checkpoint, names: StoredNames::of(checkpoint), device, options };
+    build(&source, spec, device, options.dtype, BaseStorage::Typed)
 }
 
 /// The mean loss of a run by a decoder and by the checkpoint's own weights, which are read again one layer at a time.
@@ -87,7 +110,8 @@ pub fn losses_beside_checkpoint(
     labels: &[i32],
 ) -> Result<[f64; 2]> {
     let options = LoadOptions { dtype: decoder.dtype, train_all: false };
-    let source = CheckpointSource { checkpoint, device: decoder.device(), options };
+    let names = StoredNames::of(checkpoint);
+    let source = CheckpointSource { checkpoint, names, device: decoder.device(), options };
     losses_beside(decoder, &source, run, labels)
 }
 
@@ -109,9 +133,7 @@ pub fn losses_beside_random(
 
 fn losses_beside(decoder: &Decoder, source: &dyn Source, run: &TokenRun, labels: &[i32]) -> Result<[f64; 2]> {
     let spec = &decoder.spec;
-    let original = decoder.loss_through(run, labels, |index| {
-        read_layer(source, &spec.layers[index], spec.width, &format!("model.layers.{index}"))
-    })?;
+    let original = decoder.loss_through(run, labels, |index| Layer::read(source, spec, index))?;
     Ok([decoder.mean_loss(run, labels)?, original])
 }
 
@@ -155,23 +177,23 @@ fn stored_type(config: &Config) -> Result<DType> {
     }
 }
 
-/// Where the weights of a decoder come from.
-trait Source {
-    /// A matrix, or the embedding.
-    fn matrix(&self, name: &str, shape: [usize; 2]) -> Result<Weight>;
-    /// A norm's weight or a bias, in f32.
-    fn vector(&self, name: &str, width: usize) -> Result<Weight>;
-}
-
 struct CheckpointSource<'a> {
     checkpoint: &'a Checkpoint,
+    names: StoredNames<'a>,
     device: &'a Device,
     options: LoadOptions,
 }
 
 impl CheckpointSource<'_> {
     fn f32(&self, name: &str, shape: &[usize], category: Category) -> Result<Tensor> {
-        let values = self.checkpoint.read_f32(name)?;
+        let mut pieces = self.names.pieces(name, shape).into_iter();
+        let mut values = match pieces.next() {
+            Some(piece) => self.checkpoint.read_f32(&piece.name)?,
+            None => Vec::new(),
+        };
+        for piece in pieces {
+            values.extend(self.checkpoint.read_f32(&piece.name)?);
+        }
         Ok(Tensor::from_slice(self.device, category, shape, &values)?)
     }
 
@@ -181,12 +203,19 @@ impl CheckpointSource<'_> {
 }
 
 impl Source for CheckpointSource<'_> {
-    fn matrix(&self, name: &str, shape: [usize; 2]) -> Result<Weight> {
-        if self.options.train_all {
-            return self.trained(name, &shape);
+    fn matrix(&self, name: &str, shape: &[usize]) -> Result<Weight> {
+        match self.options.train_all {
+            true => self.trained(name, shape),
+            false => self.frozen(name, shape),
         }
+    }
+
+    fn frozen(&self, name: &str, shape: &[usize]) -> Result<Weight> {
         use pmetal_formats::DType as Stored;
-        let stored = self.checkpoint.info(name).map(|info| info.dtype);
+        let pieces = self.names.pieces(name, shape);
+        let types = pieces.iter().map(|piece| self.checkpoint.info(&piece.name).map(|info| info.dtype));
+        // Parts of several types are widened and rounded like blocks.
+        let stored = types.reduce(|all, one| all.filter(|_| all == one)).flatten();
         let target = match stored {
             Some(Stored::Bf16) => DType::Bf16,
             Some(Stored::F16) => DType::F16,
@@ -196,25 +225,37 @@ impl Source for CheckpointSource<'_> {
         // Products on other devices read one type; a CPU widens what it reads.
         let target = if self.device.is_host() { target } else { self.options.dtype };
         if target == DType::F32 {
-            return Ok(Weight::Frozen(self.f32(name, &shape, Category::Weights)?));
+            return Ok(Weight::Frozen(self.f32(name, shape, Category::Weights)?));
         }
-        let mut weight = Tensor::scratch(self.device, Category::Weights, target, &shape)?;
+        let mut weight = Tensor::scratch(self.device, Category::Weights, target, shape)?;
         let same =
             matches!((stored, target), (Some(Stored::Bf16), DType::Bf16) | (Some(Stored::F16), DType::F16));
         if same {
-            weight.read_from(|bytes| self.checkpoint.read_into(name, bytes))?;
+            weight.read_from(|bytes| {
+                let mut rest = bytes;
+                pieces.iter().try_for_each(|piece| {
+                    let size = piece.shape.iter().product::<usize>() * target.bytes();
+                    let (own, others) = std::mem::take(&mut rest).split_at_mut(size);
+                    rest = others;
+                    self.checkpoint.read_into(&piece.name, own)
+                })
+            })?;
         } else {
-            let values = self.f32(name, &shape, Category::Workspace)?;
+            let values = self.f32(name, shape, Category::Workspace)?;
             self.device.kernels().convert(&values, &mut weight);
         }
         Ok(Weight::Frozen(weight))
     }
 
-    fn vector(&self, name: &str, width: usize) -> Result<Weight> {
+    fn vector(&self, name: &str, shape: &[usize]) -> Result<Weight> {
         if self.options.train_all {
-            return self.trained(name, &[width]);
+            return self.trained(name, shape);
         }
-        Ok(Weight::Frozen(self.f32(name, &[width], Category::Weights)?))
+        self.constant(name, shape)
+    }
+
+    fn constant(&self, name: &str, shape: &[usize]) -> Result<Weight> {
+        Ok(Weight::Frozen(self.f32(name, shape, Category::Weights)?))
     }
 }
 
@@ -232,127 +273,157 @@ impl RandomSource<'_> {
             false => Weight::Frozen(value),
         }
     }
-}
 
-impl Source for RandomSource<'_> {
-    fn matrix(&self, name: &str, shape: [usize; 2]) -> Result<Weight> {
+    fn uniform(&self, name: &str, shape: &[usize], trained: bool) -> Result<Tensor> {
         let key = pmetal_engine::random::RandomKey {
             seed: self.seed,
             step: 0,
             stream: pmetal_engine::random::stream_of(name),
         };
-        let bound = (3.0 / shape[1] as f32).sqrt();
-        let target = match (self.options.train_all, self.device.is_host()) {
+        let inputs = shape.last().copied().unwrap_or(1);
+        let bound = (3.0 / inputs as f32).sqrt();
+        let target = match (trained, self.device.is_host()) {
             (true, _) => DType::F32,
             (false, true) => self.stored,
             (false, false) => self.options.dtype,
         };
-        let category = if self.options.train_all { Category::Parameters } else { Category::Weights };
-        let mut values = Tensor::scratch(self.device, category, target, &shape)?;
+        let category = if trained { Category::Parameters } else { Category::Weights };
+        let mut values = Tensor::scratch(self.device, category, target, shape)?;
         self.device.kernels().uniform(key, bound, &mut values);
-        Ok(self.weight(name, values))
-    }
-
-    fn vector(&self, name: &str, width: usize) -> Result<Weight> {
-        let value = if name.ends_with(".bias") { 0.0 } else { 1.0 };
-        let category = if self.options.train_all { Category::Parameters } else { Category::Weights };
-        Ok(self.weight(name, Tensor::from_slice(self.device, category, &[width], &vec![value; width])?))
+        Ok(values)
     }
 }
 
-/// One tensor that a decoder needs: its name without a prefix, and its shape.
-type Need = (String, Vec<usize>);
+impl Source for RandomSource<'_> {
+    fn matrix(&self, name: &str, shape: &[usize]) -> Result<Weight> {
+        Ok(self.weight(name, self.uniform(name, shape, self.options.train_all)?))
+    }
 
-/// The projections of a layer: name, inputs, outputs, bias.
-fn projections(spec: &LayerSpec, width: usize) -> [(&'static str, usize, usize, bool); 7] {
-    let attention = &spec.attention;
-    let FeedForwardSpec { width: inner, bias, .. } = spec.feed_forward;
-    let queries = attention.query_heads * attention.head_width;
-    let keys = attention.key_value_heads * attention.head_width;
-    [
-        ("self_attn.q_proj", width, queries, attention.input_bias),
-        ("self_attn.k_proj", width, keys, attention.input_bias),
-        ("self_attn.v_proj", width, keys, attention.input_bias),
-        ("self_attn.o_proj", queries, width, attention.output_bias),
-        ("mlp.gate_proj", width, inner, bias),
-        ("mlp.up_proj", width, inner, bias),
-        ("mlp.down_proj", inner, width, bias),
-    ]
+    fn frozen(&self, name: &str, shape: &[usize]) -> Result<Weight> {
+        Ok(Weight::Frozen(self.uniform(name, shape, false)?))
+    }
+
+    fn vector(&self, name: &str, shape: &[usize]) -> Result<Weight> {
+        let value = if name.ends_with(".bias") { 0.0 } else { 1.0 };
+        let category = if self.options.train_all { Category::Parameters } else { Category::Weights };
+        let values = vec![value; shape.iter().product()];
+        Ok(self.weight(name, Tensor::from_slice(self.device, category, shape, &values)?))
+    }
+
+    fn constant(&self, _: &str, shape: &[usize]) -> Result<Weight> {
+        Ok(Weight::Frozen(Tensor::zeros(self.device, Category::Weights, DType::F32, shape)?))
+    }
+}
+
+/// One tensor that a decoder needs.
+pub(super) struct Need {
+    /// Its name in the checkpoint of a causal language model.
+    pub(super) name: String,
+    pub(super) shape: Vec<usize>,
+}
+
+/// Collects what is asked for and gives nothing.
+#[derive(Default)]
+struct Listing {
+    needs: RefCell<Vec<Need>>,
+}
+
+impl Listing {
+    fn note(&self, name: &str, shape: &[usize]) -> Result<Weight> {
+        self.needs.borrow_mut().push(Need { name: name.to_owned(), shape: shape.to_vec() });
+        Ok(Weight::Frozen(Tensor::zeros(&Device::cpu(), Category::Workspace, DType::F32, &[0])?))
+    }
+}
+
+impl Source for Listing {
+    fn matrix(&self, name: &str, shape: &[usize]) -> Result<Weight> {
+        self.note(name, shape)
+    }
+
+    fn frozen(&self, name: &str, shape: &[usize]) -> Result<Weight> {
+        self.note(name, shape)
+    }
+
+    fn vector(&self, name: &str, shape: &[usize]) -> Result<Weight> {
+        self.note(name, shape)
+    }
+
+    fn constant(&self, name: &str, shape: &[usize]) -> Result<Weight> {
+        self.note(name, shape)
+    }
+}
+
+/// The weights outside of the layers.
+struct Outer {
+    embedding: Weight,
+    final_norm: super::layer::Norm,
+    head: Option<Weight>,
+}
+
+impl Outer {
+    fn read(source: &dyn Source, spec: &Spec) -> Result<Self> {
+        let table = [spec.vocabulary, spec.width];
+        let head = (!spec.tied_head).then(|| source.matrix(HEAD, &table)).transpose()?;
+        let final_norm = read_norm(source, spec, "model.norm.weight", &[spec.width])?;
+        Ok(Self { embedding: source.matrix(EMBEDDING, &table)?, final_norm, head })
+    }
+}
+
+const EMBEDDING: &str = "model.embed_tokens.weight";
+const HEAD: &str = "lm_head.weight";
+
+const LISTED: &str = "invariant: a listing gives weights without elements";
+
+/// Every tensor that a decoder needs.
+pub(super) fn needs(spec: &Spec) -> Vec<Need> {
+    let listing = Listing::default();
+    Outer::read(&listing, spec).expect(LISTED);
+    for index in 0..spec.layers.len() {
+        Layer::read(&listing, spec, index).expect(LISTED);
+    }
+    listing.needs.into_inner()
 }
 
 /// Module path and shape \[N, D\] of every linear layer inside the decoder layers.
 pub fn linear_shapes(spec: &Spec) -> Vec<(String, [usize; 2])> {
-    let each = spec.layers.iter().enumerate();
-    each.flat_map(|(index, layer)| {
-        projections(layer, spec.width)
-            .map(|(name, inputs, outputs, _)| (format!("model.layers.{index}.{name}"), [outputs, inputs]))
-    })
-    .collect()
+    let mut shapes = Vec::new();
+    for index in 0..spec.layers.len() {
+        let listing = Listing::default();
+        let layer = Layer::read(&listing, spec, index).expect(LISTED);
+        let needs = listing.needs.into_inner();
+        for name in layer.modules().into_iter().flat_map(|module| module.names.iter()) {
+            let weight = format!("{name}.weight");
+            let need = needs.iter().find(|need| need.name == weight);
+            shapes.extend(need.map(|need| (name.clone(), [need.shape[0], need.shape[1]])));
+        }
+    }
+    shapes
 }
 
-/// Every tensor that a decoder needs.
-fn needs(spec: &Spec) -> impl Iterator<Item = Need> {
-    let width = spec.width;
-    let table = vec![spec.vocabulary, width];
-    let mut outer = vec![
-        ("model.embed_tokens.weight".to_owned(), table.clone()),
-        ("model.norm.weight".to_owned(), vec![width]),
-    ];
-    if !spec.tied_head {
-        outer.push(("lm_head.weight".to_owned(), table));
-    }
-    let layers = spec.layers.iter().enumerate().flat_map(move |(index, layer)| {
-        let mut names: Vec<Need> = Vec::new();
-        let prefix = format!("model.layers.{index}");
-        for (name, inputs, outputs, bias) in projections(layer, width) {
-            names.push((format!("{prefix}.{name}.weight"), vec![outputs, inputs]));
-            if bias {
-                names.push((format!("{prefix}.{name}.bias"), vec![outputs]));
-            }
-        }
-        for norm in ["input_layernorm", "post_attention_layernorm"] {
-            names.push((format!("{prefix}.{norm}.weight"), vec![width]));
-        }
-        if layer.attention.head_norm {
-            for norm in ["q_norm", "k_norm"] {
-                let shape = vec![layer.attention.head_width];
-                names.push((format!("{prefix}.self_attn.{norm}.weight"), shape));
-            }
-        }
-        names
-    });
-    outer.into_iter().chain(layers)
+/// The weights of a causal language model that a checkpoint stores as blocks of codes.
+pub(crate) fn packed_weights(checkpoint: &Checkpoint) -> BTreeSet<String> {
+    use pmetal_formats::DType as Stored;
+    let is_packed = |name: &&str| {
+        let stored = checkpoint.info(name).map(|info| info.dtype);
+        matches!(stored, Some(Stored::Fp8Blocks | Stored::Mxfp4))
+    };
+    checkpoint.names().filter(is_packed).map(stored::stacked_name).collect()
 }
 
-/// Buffers that old checkpoints carry and that follow from the configuration.
-fn is_derived(name: &str) -> bool {
-    name.ends_with(".rotary_emb.inv_freq") || name.ends_with(".attn.masked_bias")
-}
-
-/// Compares a checkpoint's tensors with what a specification needs.
-///
-/// # Errors
-/// [`Error::Checkpoint`] listing what is missing, has another shape or is left over.
-pub fn check(checkpoint: &Checkpoint, spec: &Spec, notes: &mut Vec<String>) -> Result<()> {
-    let mut faults = Faults::default();
-    let mut left: BTreeSet<&str> = checkpoint.names().collect();
-    for (name, shape) in needs(spec) {
-        match checkpoint.info(&name) {
-            None => faults.add(format!("tensor `{name}` {shape:?} is missing")),
-            Some(info) if info.shape != shape => {
-                faults.add(format!("tensor `{name}` has shape {:?}, the config needs {shape:?}", info.shape));
-            }
-            Some(_) => {}
-        }
-        left.remove(name.as_str());
+/// The matrices of experts inside the decoder layers.
+pub fn expert_matrices(spec: &Spec) -> Vec<ExpertMatrix> {
+    let mut matrices = Vec::new();
+    for (index, layer) in spec.layers.iter().enumerate() {
+        let FeedForwardSpec::Experts(part) = &layer.feed_forward else { continue };
+        let matrix = |name: &str, features, inputs| ExpertMatrix {
+            name: format!("model.layers.{index}.{}.{name}", part.path),
+            sizes: [part.count, features, inputs],
+            swapped: part.swapped_adapters,
+        };
+        matrices.push(matrix("gate_up_proj", 2 * part.width, spec.width));
+        matrices.push(matrix("down_proj", spec.width, part.width));
     }
-    if spec.tied_head && left.remove("lm_head.weight") {
-        notes.push("lm_head.weight is passed over: the config ties the head to the embedding".to_owned());
-    }
-    for name in left.into_iter().filter(|name| !is_derived(name)) {
-        faults.add(format!("tensor `{name}` is not used by model type `{}`", spec.family));
-    }
-    faults.into_result(checkpoint.path())
+    matrices
 }
 
 fn build(
@@ -362,27 +433,22 @@ fn build(
     dtype: DType,
     base: BaseStorage,
 ) -> Result<Decoder> {
-    let (width, vocabulary) = (spec.width, spec.vocabulary);
-    let layers = spec
-        .layers
-        .iter()
-        .enumerate()
-        .map(|(index, layer)| {
-            let mut layer = read_layer(source, layer, width, &format!("model.layers.{index}"))?;
+    let layers = (0..spec.layers.len())
+        .map(|index| {
+            let mut layer = Layer::read(source, &spec, index)?;
             if base == BaseStorage::Fp8 {
-                for group in layer.groups_mut() {
-                    group.quantise()?;
+                for module in layer.modules_mut() {
+                    module.group.quantise()?;
                 }
             }
             layer.pack(dtype)?;
             Ok(Arc::new(layer))
         })
         .collect::<Result<Vec<_>>>()?;
-    let head =
-        if spec.tied_head { None } else { Some(source.matrix("lm_head.weight", [vocabulary, width])?) };
+    let Outer { embedding, final_norm, head } = Outer::read(source, &spec)?;
     Ok(Decoder {
-        embedding: source.matrix("model.embed_tokens.weight", [vocabulary, width])?,
-        final_norm: source.vector("model.norm.weight", width)?,
+        embedding,
+        final_norm,
         head,
         layers,
         device: device.clone(),
@@ -392,63 +458,12 @@ fn build(
     })
 }
 
-/// A layer that is not packed yet.
-fn read_layer(source: &dyn Source, spec: &LayerSpec, width: usize, prefix: &str) -> Result<Layer> {
-    let linear = |(name, inputs, outputs, bias): (&str, usize, usize, bool)| -> Result<Linear> {
-        let weight = source.matrix(&format!("{prefix}.{name}.weight"), [outputs, inputs])?;
-        let bias = bias.then(|| source.vector(&format!("{prefix}.{name}.bias"), outputs)).transpose()?;
-        Ok(Linear { weight, bias, lora: None })
-    };
-    let norm = |name: &str, width: usize| source.vector(&format!("{prefix}.{name}.weight"), width);
-    let head_norm = |name: &str| {
-        let width = spec.attention.head_width;
-        spec.attention.head_norm.then(|| norm(&format!("self_attn.{name}"), width)).transpose()
-    };
-    let [query, key, value, output, gate, up, down] = projections(spec, width).map(linear);
-    Ok(Layer {
-        spec: spec.clone(),
-        input_norm: norm("input_layernorm", width)?,
-        projection: LinearGroup::new(vec![query?, key?, value?]),
-        output: LinearGroup::new(vec![output?]),
-        query_norm: head_norm("q_norm")?,
-        key_norm: head_norm("k_norm")?,
-        post_attention_norm: norm("post_attention_layernorm", width)?,
-        gate_up: LinearGroup::new(vec![gate?, up?]),
-        down: LinearGroup::new(vec![down?]),
-    })
-}
-
-impl Layer {
-    /// The groups of linear layers, in the order of [`projections`].
-    fn groups(&self) -> [&LinearGroup; 4] {
-        [&self.projection, &self.output, &self.gate_up, &self.down]
-    }
-
-    fn groups_mut(&mut self) -> [&mut LinearGroup; 4] {
-        [&mut self.projection, &mut self.output, &mut self.gate_up, &mut self.down]
-    }
-
-    fn pack(&mut self, dtype: DType) -> Result<()> {
-        for group in self.groups_mut() {
-            group.pack(dtype)?;
-        }
-        Ok(())
-    }
-}
-
 impl Decoder {
     /// Every linear layer inside the decoder layers, by the module path that checkpoints use; the output head
     /// is not among them.
     pub fn linears(&self) -> Vec<(String, &Linear)> {
-        let each = self.layers.iter().enumerate();
-        each.flat_map(|(index, layer)| {
-            let names = projections(&layer.spec, self.spec.width).map(|projection| projection.0);
-            names
-                .into_iter()
-                .zip(layer.groups().into_iter().flat_map(LinearGroup::layers))
-                .map(move |(name, linear)| (format!("model.layers.{index}.{name}"), linear))
-        })
-        .collect()
+        let modules = self.layers.iter().flat_map(|layer| layer.modules());
+        modules.flat_map(|module| module.names.iter().cloned().zip(module.group.layers())).collect()
     }
 
     /// Lets `change` replace parts of every linear layer inside the decoder layers.
@@ -456,37 +471,55 @@ impl Decoder {
     /// # Errors
     /// The first error of `change`.
     pub fn change_linears(&mut self, mut change: impl FnMut(&str, &mut Linear) -> Result<()>) -> Result<()> {
-        for (index, layer) in self.layers.iter_mut().enumerate() {
+        for layer in &mut self.layers {
             let layer = Arc::make_mut(layer);
-            let names = projections(&layer.spec, self.spec.width).map(|projection| projection.0);
-            let linears = layer.groups_mut().into_iter().flat_map(LinearGroup::layers_mut);
-            for (name, linear) in names.into_iter().zip(linears) {
-                change(&format!("model.layers.{index}.{name}"), linear)?;
+            for module in layer.modules_mut() {
+                for (name, linear) in module.names.iter().zip(module.group.layers_mut()) {
+                    change(name, linear)?;
+                }
             }
             layer.pack(self.dtype)?;
         }
         Ok(())
     }
 
+    /// Every matrix of experts, by the name of its parameter.
+    pub fn expert_linears(&self) -> Vec<(&str, &ExpertLinear)> {
+        let modules = self.layers.iter().flat_map(|layer| layer.expert_modules());
+        modules.map(|module| (&*module.name, &module.layer)).collect()
+    }
+
+    /// The names and sizes of these, in the same order.
+    pub fn expert_matrices(&self) -> Vec<ExpertMatrix> {
+        expert_matrices(&self.spec)
+    }
+
+    /// Lets `change` replace parts of every matrix of experts.
+    ///
+    /// # Errors
+    /// The first error of `change`.
+    pub fn change_expert_linears(
+        &mut self,
+        mut change: impl FnMut(&str, &mut ExpertLinear) -> Result<()>,
+    ) -> Result<()> {
+        let layers = self.layers.iter_mut().map(Arc::make_mut);
+        layers
+            .flat_map(|layer| layer.expert_modules_mut())
+            .try_for_each(|module| change(&module.name.clone(), &mut module.layer))
+    }
+
     /// Every weight of the base model by the name that checkpoints use, tied ones once.
     pub fn weights(&self) -> Vec<(String, &Weight)> {
-        let mut weights = vec![
-            ("model.embed_tokens.weight".to_owned(), &self.embedding),
-            ("model.norm.weight".to_owned(), &self.final_norm),
-        ];
-        weights.extend(self.head.as_ref().map(|head| ("lm_head.weight".to_owned(), head)));
+        let mut weights = vec![(EMBEDDING.to_owned(), &self.embedding)];
+        weights.extend(self.head.as_ref().map(|head| (HEAD.to_owned(), head)));
         for (name, linear) in self.linears() {
             weights.push((format!("{name}.weight"), &linear.weight));
             weights.extend(linear.bias.as_ref().map(|bias| (format!("{name}.bias"), bias)));
         }
-        for (index, layer) in self.layers.iter().enumerate() {
-            let prefix = format!("model.layers.{index}");
-            weights.push((format!("{prefix}.input_layernorm.weight"), &layer.input_norm));
-            weights.push((format!("{prefix}.post_attention_layernorm.weight"), &layer.post_attention_norm));
-            for (name, norm) in [("q_norm", &layer.query_norm), ("k_norm", &layer.key_norm)] {
-                weights.extend(norm.as_ref().map(|norm| (format!("{prefix}.self_attn.{name}.weight"), norm)));
-            }
-        }
+        let others = self.layers.iter().flat_map(|layer| layer.other_weights());
+        weights.extend(others.map(|(name, weight)| (name.to_owned(), weight)));
+        let Named { name, weight } = &self.final_norm.weight;
+        weights.push((name.to_string(), weight));
         weights
     }
 
@@ -498,7 +531,12 @@ impl Decoder {
             .into_iter()
             .filter_map(|(_, linear)| linear.lora.as_ref())
             .flat_map(|lora| [&lora.a, &lora.b].map(|weight| weight.parameter().cloned()));
-        own.chain(adapters.flatten()).collect()
+        let of_experts = self
+            .expert_linears()
+            .into_iter()
+            .filter_map(|(_, linear)| linear.lora.as_ref())
+            .flat_map(|lora| [&lora.a, &lora.b].map(|weight| weight.parameter().cloned()));
+        own.chain(adapters.flatten()).chain(of_experts.flatten()).collect()
     }
 }
 

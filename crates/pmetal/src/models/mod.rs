@@ -5,6 +5,7 @@ pub mod config;
 pub mod decoder;
 pub mod families;
 pub mod inputs;
+pub(crate) mod layer;
 pub mod loader;
 pub mod rope;
 pub mod spec;

@@ -24,6 +24,27 @@ pub struct Rope {
     pub scaling: RopeScaling,
 }
 
+/// What a rotary embedding is where a configuration says nothing else.
+#[derive(Debug, Clone, Copy)]
+pub struct RopeKind {
+    /// Elements of a head, of which a configuration may rotate a part.
+    pub width: usize,
+    /// Base of the wavelengths.
+    pub theta: f64,
+    /// Which elements form pairs.
+    pub pairing: RopePairing,
+    /// Share of a head that is rotated.
+    pub rotated_part: f64,
+}
+
+impl RopeKind {
+    /// The rotation of whole heads, not stretched.
+    pub fn plain(self) -> Rope {
+        let Self { width, theta, pairing, .. } = self;
+        Rope { theta, rotated_width: width, pairing, scaling: RopeScaling::None }
+    }
+}
+
 /// How rotary frequencies are stretched beyond the length that a model was first trained on.
 #[derive(Debug, Clone, PartialEq)]
 pub enum RopeScaling {
@@ -67,6 +88,14 @@ pub enum RopeScaling {
     },
     /// Divisors read from a checkpoint (GGUF's `rope_freqs.weight`).
     Divisors(Vec<f64>),
+    /// No rotation but a factor that grows with the position: `scale * ln(1 + floor((position + 1) / floor)) + 1`
+    /// (Llama 4).
+    Temperature {
+        /// Positions by which it grows.
+        floor: f64,
+        /// How much it grows.
+        scale: f64,
+    },
 }
 
 /// Constants of YaRN.
@@ -103,7 +132,8 @@ impl Rope {
     ///
     /// # Errors
     /// [`Error::Config`] for an unknown type or a field that its type needs.
-    pub fn from_config(config: &Config, head_width: usize, layer_type: Option<&str>) -> Result<Self> {
+    pub fn from_config(config: &Config, kind: RopeKind, layer_type: Option<&str>) -> Result<Self> {
+        let head_width = kind.width;
         let mut parameters = match config.object("rope_parameters")? {
             Some(parameters) => Some(parameters),
             None => config.object("rope_scaling")?,
@@ -115,12 +145,14 @@ impl Rope {
         }
         let empty = Config::new(serde_json::json!({}))?;
         let fields = parameters.as_ref().unwrap_or(&empty);
-        let theta = fields.positive("rope_theta", config.positive("rope_theta", 10_000.0)?)?;
+        let theta = fields.positive("rope_theta", config.positive("rope_theta", kind.theta)?)?;
         if theta <= 1.0 {
             return Err(Error::Config(format!("`rope_theta` is {theta}, it must be above one")));
         }
-        let partial =
-            fields.positive("partial_rotary_factor", config.positive("partial_rotary_factor", 1.0)?)?;
+        let partial = fields.positive(
+            "partial_rotary_factor",
+            config.positive("partial_rotary_factor", kind.rotated_part)?,
+        )?;
         let rotated_width = (head_width as f64 * partial) as usize;
         if rotated_width == 0 || !rotated_width.is_multiple_of(2) || rotated_width > head_width {
             return Err(Error::Config(format!(
@@ -129,11 +161,29 @@ impl Rope {
         }
         let scaling = match config.numbers("rope_frequency_factors")? {
             Some(divisors) => RopeScaling::Divisors(divisors),
-            None => scaling(config, fields, rotated_width)?,
+            None => {
+                let scaling = scaling(config, fields, rotated_width)?;
+                check_unread(fields, layer_type)?;
+                scaling
+            }
         };
-        let rope = Self { theta, rotated_width, pairing: RopePairing::Halves, scaling };
+        let rope = Self { theta, rotated_width, pairing: kind.pairing, scaling };
         rope.check_lists()?;
         Ok(rope)
+    }
+
+    /// The factor that DeepSeek's scores get twice: `0.1 mscale_all_dim ln(factor) + 1`.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for fields that are no numbers.
+    pub fn magnitude(config: &Config) -> Result<f64> {
+        let parameters = match config.object("rope_parameters")? {
+            Some(parameters) => Some(parameters),
+            None => config.object("rope_scaling")?,
+        };
+        let Some(fields) = parameters else { return Ok(1.0) };
+        let (all, factor) = (fields.number("mscale_all_dim", 0.0)?, fields.number("factor", 1.0)?);
+        Ok(if factor <= 1.0 { 1.0 } else { 0.1 * all * factor.ln() + 1.0 })
     }
 
     fn check_lists(&self) -> Result<()> {
@@ -213,6 +263,18 @@ impl Rope {
                 (plain(self.theta).into_iter().map(blend).collect(), 1.0)
             }
             RopeScaling::Divisors(divisors) => (divided(divisors), 1.0),
+            RopeScaling::Temperature { .. } => (vec![0.0; self.rotated_width / 2], 1.0),
+        }
+    }
+
+    /// The factor of a position.
+    fn temperature(&self, position: usize) -> f32 {
+        match self.scaling {
+            RopeScaling::Temperature { floor, scale } => {
+                let steps = ((position as f32 + 1.0) / floor as f32).floor();
+                steps.ln_1p() * scale as f32 + 1.0
+            }
+            _ => 1.0,
         }
     }
 
@@ -246,6 +308,7 @@ impl Rope {
         let (frequencies, factor) = self.frequencies(document_length);
         let of = |function: fn(f32) -> f32| {
             let row = |position: usize| {
+                let factor = factor * self.temperature(position);
                 frequencies.iter().map(move |frequency| function(position as f32 * frequency) * factor)
             };
             let values: Vec<f32> = (0..count).flat_map(row).collect();
@@ -270,6 +333,7 @@ impl Rope {
             }
             let Some((_, (frequencies, factor))) = &held else { continue };
             for position in document.first..document.first + document.count {
+                let factor = factor * self.temperature(position);
                 for frequency in frequencies {
                     let angle = position as f32 * frequency;
                     cosines.push(angle.cos() * factor);
@@ -279,6 +343,16 @@ impl Rope {
         }
         Ok(RopeTable::new(device, tokens, half, &cosines, &sines, self.pairing)?)
     }
+}
+
+/// Refuses fields of a rotary embedding that nothing looked at. What differs by layer type is checked where it is read.
+fn check_unread(fields: &Config, layer_type: Option<&str>) -> Result<()> {
+    // Said of the training, of other rope types, or of positions with several axes, which are one axis for text.
+    for name in ["finetuned", "mrope_section", "mrope_interleaved", "original_max_position_embeddings"] {
+        fields.get(name);
+    }
+    let by_type = layer_type.is_none() && fields.names().any(|name| name.ends_with("_attention"));
+    if by_type { Ok(()) } else { fields.check_unread() }
 }
 
 fn scaling(config: &Config, fields: &Config, rotated_width: usize) -> Result<RopeScaling> {

@@ -1,7 +1,9 @@
 //! What distinguishes one decoder from another, as a value.
 
 use pmetal_engine::Recompute;
+use pmetal_engine::device::MaskKind;
 use pmetal_engine::device::{GateActivation, NormWeight};
+use pmetal_engine::ops::{PairedGate, Router, Weighting};
 
 use super::rope::Rope;
 
@@ -18,16 +20,35 @@ pub struct Spec {
     pub width: usize,
     /// Longest document that the model was made for.
     pub context_length: usize,
-    /// Added to the mean square in every RMSNorm.
+    /// Added to the mean square, or the variance, in every norm.
     pub norm_epsilon: f32,
-    /// How RMSNorm uses its weight.
-    pub norm_weight: NormWeight,
+    /// What every norm with a weight computes.
+    pub norm: NormKind,
+    /// Factor on embeddings.
+    pub embedding_scale: f32,
+    /// Factor on what attention and feed-forward add to the residual stream.
+    pub residual_scale: f32,
+    /// Factor on logits.
+    pub logit_scale: f32,
+    /// Logits become `cap * tanh(logits / cap)`, after their factor.
+    pub logit_softcap: Option<f32>,
     /// Rotary embeddings; layers refer to them by index.
     pub ropes: Vec<Rope>,
     /// One entry per layer.
     pub layers: Vec<LayerSpec>,
     /// Whether the output head is the embedding.
     pub tied_head: bool,
+    /// Layers after the last that predict further tokens; checkpoints may hold them, and they are passed over.
+    pub further_layers: usize,
+}
+
+/// What a norm computes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NormKind {
+    /// RMSNorm with a weight.
+    Rms(NormWeight),
+    /// LayerNorm with a weight and no bias.
+    Layer,
 }
 
 /// One decoder layer.
@@ -35,8 +56,46 @@ pub struct Spec {
 pub struct LayerSpec {
     /// Its attention.
     pub attention: AttentionSpec,
+    /// The gated delta rule, in place of attention.
+    pub delta: Option<DeltaSpec>,
     /// Its feed-forward part.
     pub feed_forward: FeedForwardSpec,
+    /// Its norms.
+    pub norms: LayerNorms,
+}
+
+impl LayerSpec {
+    /// Columns that attention, or what is in its place, keeps.
+    fn mixed_columns(&self) -> usize {
+        let Some(delta) = &self.delta else { return self.attention.kept_columns() };
+        2 * delta.widths().iter().sum::<usize>() + 3 * delta.value_heads * delta.value_width
+    }
+}
+
+/// Where a layer has norms over D, by the names that checkpoints have for them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LayerNorms {
+    /// What attention reads.
+    pub before_attention: Option<&'static str>,
+    /// What attention adds to the residual stream.
+    pub after_attention: Option<&'static str>,
+    /// What the feed-forward part reads.
+    pub before_feed_forward: Option<&'static str>,
+    /// What the feed-forward part adds to the residual stream.
+    pub after_feed_forward: Option<&'static str>,
+    /// Whether the feed-forward part reads what attention reads, and both are added at once.
+    pub parallel: bool,
+}
+
+impl LayerNorms {
+    /// Before attention and before the feed-forward part.
+    pub const BEFORE: Self = Self {
+        before_attention: Some("input_layernorm"),
+        after_attention: None,
+        before_feed_forward: Some("post_attention_layernorm"),
+        after_feed_forward: None,
+        parallel: false,
+    };
 }
 
 /// Grouped-query attention.
@@ -46,57 +105,238 @@ pub struct AttentionSpec {
     pub query_heads: usize,
     /// K; divides H.
     pub key_value_heads: usize,
-    /// E.
+    /// E of queries and keys.
     pub head_width: usize,
-    /// Whether q, k and v have biases.
+    /// E of values.
+    pub value_width: usize,
+    /// How queries, keys and values come from the input.
+    pub projection: Projection,
+    /// Whether the layers that read the input have biases.
     pub input_bias: bool,
     /// Whether the output projection has a bias.
     pub output_bias: bool,
-    /// Whether q and k go through an RMSNorm over E before the rotation.
-    pub head_norm: bool,
+    /// The norm that q and k go through.
+    pub head_norm: HeadNorm,
     /// Factor on the scores.
     pub scale: f32,
-    /// A query sees itself and this many minus one tokens before it.
-    pub window: Option<usize>,
-    /// Index into [`Spec::ropes`]; `None` for no rotation.
+    /// Scores become `cap * tanh(scores / cap)`.
+    pub softcap: Option<f32>,
+    /// Whether queries come with a gate of the result, head by head.
+    pub output_gate: bool,
+    /// Whether each head has a score of its own that nothing belongs to.
+    pub sinks: bool,
+    /// Which keys a query sees.
+    pub mask: MaskKind,
+    /// Index into [`Spec::ropes`] for queries and keys; `None` for no rotation.
     pub rope: Option<usize>,
+    /// Index into [`Spec::ropes`] of a factor on queries by position.
+    pub temperature: Option<usize>,
+}
+
+impl AttentionSpec {
+    /// Columns of queries, keys, values and the result, and of what they are made from.
+    fn kept_columns(&self) -> usize {
+        let heads = self.query_heads + self.key_value_heads;
+        let latent = match self.projection {
+            Projection::Apart | Projection::Fused => 0,
+            Projection::Latent(latent) => 2 * (latent.query_rank.unwrap_or(0) + latent.key_value_rank),
+        };
+        heads * (self.head_width + self.value_width) + latent
+    }
+}
+
+/// Linear attention by the gated delta rule (Yang, Kautz and Hatamizadeh, arXiv 2412.06464).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DeltaSpec {
+    /// G: heads of queries and keys.
+    pub key_heads: usize,
+    /// H: heads of values; a multiple of G.
+    pub value_heads: usize,
+    /// Width of a head of queries and keys.
+    pub key_width: usize,
+    /// Width of a head of values.
+    pub value_width: usize,
+    /// Tokens that the convolution before it sees.
+    pub taps: usize,
+    /// Whether projections are two, with the rows of each key head together.
+    pub grouped: bool,
+}
+
+impl DeltaSpec {
+    /// Columns of queries, of keys and of values.
+    pub fn widths(&self) -> [usize; 3] {
+        let keys = self.key_heads * self.key_width;
+        [keys, keys, self.value_heads * self.value_width]
+    }
+}
+
+/// How queries, keys and values come from the input.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Projection {
+    /// By a linear layer each.
+    Apart,
+    /// By one linear layer, `qkv_proj`.
+    Fused,
+    /// Through narrow latent vectors (DeepSeek-V2, arXiv 2405.04434).
+    Latent(LatentSpec),
+}
+
+/// Multi-head latent attention. The first part of a head of queries and keys knows no positions, the rest is rotated; of
+/// keys all heads share the rotated part.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct LatentSpec {
+    /// Width of what queries are made from; `None` where they are made from the input.
+    pub query_rank: Option<usize>,
+    /// Width of what keys and values are made from.
+    pub key_value_rank: usize,
+    /// Elements of a head that are rotated.
+    pub rotated_width: usize,
+    /// Epsilon of the norms of both.
+    pub norm_epsilon: f32,
+    /// What chooses the keys that a query looks at; all that it sees where there is none.
+    pub indexer: Option<IndexerSpec>,
+}
+
+/// A choice of keys by heads of its own, which is never trained (DeepSeek-V3.2): queries from the latent vector of queries,
+/// keys of one head from the input. The first part of a head, as wide as the layer's own, is rotated.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct IndexerSpec {
+    /// Heads of queries.
+    pub heads: usize,
+    /// Elements of a head.
+    pub width: usize,
+    /// Keys that a query looks at.
+    pub count: usize,
+    /// Epsilon of the norm of keys.
+    pub norm_epsilon: f32,
+}
+
+/// The norm that queries and keys go through.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum HeadNorm {
+    /// None.
+    None,
+    /// The model's norm over E, before the rotation, with one weight \[E\] for all heads.
+    Shared,
+    /// The model's norm over E, before the rotation, with weights \[H, E\].
+    Each,
+    /// The model's norm over H * E, before the rotation.
+    Joint,
+    /// RMSNorm over E without a weight, after the rotation.
+    Rotated,
+}
+
+/// What follows attention in a layer.
+#[derive(Debug, Clone)]
+pub enum FeedForwardSpec {
+    /// One gated layer for all tokens.
+    Dense(DenseSpec),
+    /// Some of many for each token.
+    Experts(Box<ExpertsSpec>),
 }
 
 /// A gated feed-forward layer.
 #[derive(Debug, Clone)]
-pub struct FeedForwardSpec {
+pub struct DenseSpec {
+    /// Its module in checkpoints.
+    pub path: &'static str,
     /// F.
     pub width: usize,
     /// Applied to the gate.
     pub activation: GateActivation,
-    /// Whether its three projections have biases.
+    /// Whether gate and up are one linear layer, `gate_up_proj`.
+    pub fused: bool,
+    /// Whether its projections have biases.
     pub bias: bool,
 }
 
+/// A mixture of experts.
+#[derive(Debug, Clone)]
+pub struct ExpertsSpec {
+    /// The module in checkpoints that holds them.
+    pub path: &'static str,
+    /// The module of the layer that scores them.
+    pub router_path: &'static str,
+    /// X.
+    pub count: usize,
+    /// F of each.
+    pub width: usize,
+    /// What is between their two products.
+    pub gate: PairedGate,
+    /// How a token's experts are chosen and weighed.
+    pub router: Router,
+    /// Whether scores have biases.
+    pub router_bias: bool,
+    /// Whether scores are computed in f32 whatever the activations are.
+    pub wide_router: bool,
+    /// Whether the checkpoint corrects scores for the choice alone.
+    pub correction: bool,
+    /// Where the weights of the choice are applied.
+    pub weighting: Weighting,
+    /// Whether matrices are stored as \[X, D, N\].
+    pub transposed: bool,
+    /// Whether PEFT takes the results of its matrices for inputs, and the other way round.
+    pub swapped_adapters: bool,
+    /// Whether experts have biases.
+    pub bias: bool,
+    /// What every token goes through besides.
+    pub shared: Option<SharedSpec>,
+    /// Factor on the loss that balances the load, where the configuration asks for one.
+    pub balance: Option<f32>,
+}
+
+/// An expert for all tokens.
+#[derive(Debug, Clone)]
+pub struct SharedSpec {
+    /// Its layer.
+    pub dense: DenseSpec,
+    /// The module whose sigmoid it is multiplied by.
+    pub gate: Option<&'static str>,
+}
+
+impl FeedForwardSpec {
+    /// The dense layer, to be changed; `None` for a mixture of experts.
+    pub fn dense_mut(&mut self) -> Option<&mut DenseSpec> {
+        match self {
+            Self::Dense(dense) => Some(dense),
+            Self::Experts(_) => None,
+        }
+    }
+
+    /// Columns that are computed for each token between the two products: F, or that of all its experts.
+    pub fn active_width(&self) -> usize {
+        match self {
+            Self::Dense(dense) => dense.width,
+            Self::Experts(experts) => {
+                let shared = experts.shared.as_ref().map_or(0, |shared| shared.dense.width);
+                experts.router.choices * experts.width + shared
+            }
+        }
+    }
+}
+
 impl Spec {
+    /// F of the first layer that has no experts; 0 where there is none.
+    pub(super) fn inner(&self) -> usize {
+        self.first_dense().map_or(0, |dense| dense.width)
+    }
+
+    /// The activation of that layer.
+    pub(super) fn activation(&self) -> GateActivation {
+        self.first_dense().map_or(GateActivation::Silu, |dense| dense.activation)
+    }
+
+    fn first_dense(&self) -> Option<&DenseSpec> {
+        self.layers.iter().find_map(|layer| match &layer.feed_forward {
+            FeedForwardSpec::Dense(dense) => Some(dense),
+            FeedForwardSpec::Experts(_) => None,
+        })
+    }
+
     /// Parameters of the model, tied weights counted once.
     pub fn parameter_count(&self) -> u128 {
-        let linear = |inputs: usize, outputs: usize, bias: bool| {
-            inputs as u128 * outputs as u128 + if bias { outputs as u128 } else { 0 }
-        };
-        let (width, table) = (self.width, self.vocabulary as u128 * self.width as u128);
-        let layers: u128 = self
-            .layers
-            .iter()
-            .map(|layer| {
-                let (attention, forward) = (&layer.attention, &layer.feed_forward);
-                let queries = attention.query_heads * attention.head_width;
-                let keys = attention.key_value_heads * attention.head_width;
-                linear(width, queries, attention.input_bias)
-                    + 2 * linear(width, keys, attention.input_bias)
-                    + linear(queries, width, attention.output_bias)
-                    + if attention.head_norm { 2 * attention.head_width as u128 } else { 0 }
-                    + 2 * linear(width, forward.width, forward.bias)
-                    + linear(forward.width, width, forward.bias)
-                    + 2 * width as u128
-            })
-            .sum();
-        layers + width as u128 + if self.tied_head { table } else { 2 * table }
+        let elements = |shape: &[usize]| shape.iter().map(|&size| size as u128).product::<u128>();
+        super::loader::needs(self).iter().map(|need| elements(&need.shape)).sum()
     }
 
     /// Estimate of the activations that a training step over `tokens` tokens holds at its peak.
@@ -109,10 +349,12 @@ impl Spec {
     /// its feed-forward part three times on a CPU, once on other devices, which turn gate and up into their gradients).
     pub fn activation_bytes(&self, step: &StepShape) -> usize {
         let layer = |layer: &LayerSpec| {
-            let heads = 2 * layer.attention.query_heads + 2 * layer.attention.key_value_heads;
-            let own = 2 * self.width + heads * layer.attention.head_width + 2 * layer.feed_forward.width;
+            // What is normed before it is added is kept as well.
+            let after = [layer.norms.after_attention, layer.norms.after_feed_forward];
+            let streams = 2 + after.into_iter().flatten().count();
+            let own = streams * self.width + layer.mixed_columns() + 2 * layer.feed_forward.active_width();
             let again = match step.recompute {
-                Recompute::None => 2 * self.width + layer.feed_forward.width,
+                Recompute::None => 2 * self.width + layer.feed_forward.active_width(),
                 Recompute::Cheap | Recompute::Full => 0,
             };
             own + again + step.adapter_ranks
@@ -125,7 +367,7 @@ impl Spec {
             Recompute::Full => (bytes(inputs * self.width), bytes(widest.saturating_sub(self.width))),
             Recompute::None | Recompute::Cheap => (bytes(self.layers.iter().map(layer).sum()), 0),
         };
-        let inner = self.layers.iter().map(|layer| layer.feed_forward.width).max().unwrap_or(0);
+        let inner = self.layers.iter().map(|layer| layer.feed_forward.active_width()).max().unwrap_or(0);
         let passing = if step.on_host { 3 * (self.width + inner) } else { 2 * self.width + inner };
         let chunk_rows = pmetal_engine::ops::logit_chunk_rows(step.on_host, self.vocabulary).min(step.tokens);
         let row = 4 * self.vocabulary + 2 * self.width * step.element_bytes;

@@ -111,7 +111,7 @@ pub fn write_adapter(
     decoder: &Decoder,
     config: &AdapterConfig,
 ) -> Result<()> {
-    write_tensors(commit, lora::WEIGHTS_FILE, &lora::tensors(decoder))?;
+    write_tensors(commit, lora::WEIGHTS_FILE, &lora::tensors(decoder)?)?;
     commit.write(lora::CONFIG_FILE, config.to_json().as_bytes())?;
     Ok(())
 }

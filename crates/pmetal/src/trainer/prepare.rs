@@ -122,7 +122,14 @@ pub fn prepare(resolved: &mut ResolvedConfig, device: &Device) -> Result<Prepare
     let base = base_storage(&config, device, dtype)?;
     let options = LoadOptions { dtype, train_all: full };
     let mut model = Model::load_base(&source, device, options, base)?;
-    let adapter = if full { None } else { Some(adapter_config(&config, &source)) };
+    let mut notes = model.notes.clone();
+    let adapter = (!full).then(|| {
+        let mut adapter = adapter_config(&config, &source);
+        if !lora::experts::target(&mut adapter, &model.decoder) {
+            notes.push("experts get no adapters, because `lora_dropout` is not for them".to_owned());
+        }
+        adapter
+    });
     let adapted = match &adapter {
         Some(adapter) => lora::attach(&mut model.decoder, adapter, config.seed)?.len(),
         None => 0,
@@ -139,7 +146,6 @@ pub fn prepare(resolved: &mut ResolvedConfig, device: &Device) -> Result<Prepare
         0 => ((config.epochs * steps_per_epoch as f64).ceil() as usize).max(1),
         steps => steps as usize,
     };
-    let mut notes = model.notes.clone();
     notes.extend(dataset.notes.iter().cloned());
     let offloads = config.offload_activations && config.gradient_checkpointing == Recompute::Full;
     if offloads && !device.can_put_aside() && config.device != DeviceChoice::Cpu {

@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 
-use super::simd::{Element, multiversion, sigmoid, with_element};
+use super::simd::{Element, multiversion, sigmoid, tanh, with_element};
 use crate::device::{GateActivation, RopePairing, RopeRows};
 use crate::random::{RandomKey, WIDE};
 use crate::tensor::Tensor;
@@ -138,6 +138,14 @@ multiversion! {
     }
 }
 
+multiversion! {
+    fn sigmoid_task<X: Element>(gate: &[X], up: &[X], out: &mut [X]) {
+        for ((value, &gate), &up) in out.iter_mut().zip(gate).zip(up) {
+            *value = X::narrow(sigmoid(gate.widen()) * up.widen());
+        }
+    }
+}
+
 pub(super) fn gated(activation: GateActivation, gate: &Tensor, up: &Tensor, out: &mut Tensor) {
     with_element!(gate.dtype(), X => {
         out.as_mut_slice::<X>()
@@ -146,6 +154,7 @@ pub(super) fn gated(activation: GateActivation, gate: &Tensor, up: &Tensor, out:
             .for_each(|(out, (gate, up))| match activation {
                 GateActivation::Silu => silu_task(gate, up, out),
                 GateActivation::GeluTanh => gelu_task(gate, up, out),
+                GateActivation::Sigmoid => sigmoid_task(gate, up, out),
             });
     });
 }
@@ -178,6 +187,19 @@ multiversion! {
     }
 }
 
+multiversion! {
+    fn sigmoid_backward_task<X: Element>(gate: &[X], up: &[X], d_out: &[X], d_gate: &mut [X], d_up: &mut [X]) {
+        let count = gate.len();
+        let (up, d_out) = (&up[..count], &d_out[..count]);
+        let (d_gate, d_up) = (&mut d_gate[..count], &mut d_up[..count]);
+        for i in 0..count {
+            let (share, slope) = (sigmoid(gate[i].widen()), d_out[i].widen());
+            d_up[i] = X::narrow(slope * share);
+            d_gate[i] = X::narrow(slope * up[i].widen() * share * (1.0 - share));
+        }
+    }
+}
+
 pub(super) fn gated_backward(
     activation: GateActivation,
     gate: &Tensor,
@@ -195,6 +217,7 @@ pub(super) fn gated_backward(
             .for_each(|((d_gate, d_up), ((gate, up), d_out))| match activation {
                 GateActivation::Silu => silu_backward_task(gate, up, d_out, d_gate, d_up),
                 GateActivation::GeluTanh => gelu_backward_task(gate, up, d_out, d_gate, d_up),
+                GateActivation::Sigmoid => sigmoid_backward_task(gate, up, d_out, d_gate, d_up),
             });
     });
 }
@@ -235,6 +258,42 @@ pub(super) fn add_assign(target: &mut Tensor, source: &Tensor) {
             .zip(source.as_slice::<Y>().par_chunks(TASK))
             .for_each(|(target, source)| add_row(target, source, 1.0));
     }));
+}
+
+multiversion! {
+    fn add_scaled_task<X: Element>(x: &[X], factor: f32, y: &mut [X]) {
+        for (value, &addend) in y.iter_mut().zip(x) {
+            *value = X::narrow(value.widen().mul_add(factor, addend.widen()));
+        }
+    }
+}
+
+pub(super) fn add_scaled(x: &Tensor, factor: f32, y: &mut Tensor) {
+    with_element!(x.dtype(), X => {
+        let tasks = y.as_mut_slice::<X>().par_chunks_mut(TASK).zip(x.as_slice::<X>().par_chunks(TASK));
+        tasks.for_each(|(y, x)| add_scaled_task(x, factor, y));
+    });
+}
+
+pub(super) fn scaled(x: &Tensor, factor: f32, out: &mut Tensor) {
+    with_element!(x.dtype(), X => {
+        let tasks = out.as_mut_slice::<X>().par_chunks_mut(TASK).zip(x.as_slice::<X>().par_chunks(TASK));
+        tasks.for_each(|(out, x)| convert_row(x, factor, out));
+    });
+}
+
+multiversion! {
+    fn softcap_task<X: Element>(x: &mut [X], cap: f32) {
+        for value in x {
+            *value = X::narrow(cap * tanh(value.widen() / cap));
+        }
+    }
+}
+
+pub(super) fn softcap(x: &mut Tensor, cap: f32) {
+    with_element!(x.dtype(), X => {
+        x.as_mut_slice::<X>().par_chunks_mut(TASK).for_each(|x| softcap_task(x, cap));
+    });
 }
 
 pub(super) fn convert(source: &Tensor, target: &mut Tensor) {

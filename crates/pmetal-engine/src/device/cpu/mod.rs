@@ -1,8 +1,13 @@
 //! The kernels of the processor.
 
 pub mod attention;
+mod choice;
+mod delta;
 mod elementwise;
+mod experts;
 pub mod gemm;
+mod heads;
+mod layer_norm;
 mod loss;
 mod norm;
 mod optimizer;
@@ -11,7 +16,8 @@ pub(crate) mod simd;
 
 use crate::device::{
     AdamWControl, AdamWEntry, Arithmetic, AttentionMask, AttentionParameters, CrossEntropyParameters,
-    DropoutMask, Finish, GateActivation, Held, Kernels, NormWeight, Operand, RopeRows, Sum,
+    DropoutMask, ExpertKernels, Finish, GateActivation, Held, Kernels, LayerNorm, NormWeight, Operand,
+    RopeRows, Sum,
 };
 use crate::error::{Error, Result};
 use crate::random::RandomKey;
@@ -59,6 +65,10 @@ fn attention_inputs<'a>(
         k: elements(k),
         v: elements(v),
         sinks: sinks.map(Tensor::as_slice::<f32>),
+        chosen: mask.choice.as_ref().map(|choice| attention::Chosen {
+            words: choice.bits.as_slice::<u32>(),
+            stride: choice.bits.columns(),
+        }),
     }
 }
 
@@ -139,6 +149,21 @@ impl Kernels for Cpu {
         norm::backward(x, weight, kind, epsilon, d_out, d_x, d_weight);
     }
 
+    fn layer_norm(&self, x: &Tensor, norm: &LayerNorm<'_>, out: &mut Tensor) {
+        layer_norm::forward(x, norm, out);
+    }
+
+    fn layer_norm_backward(
+        &self,
+        x: &Tensor,
+        norm: &LayerNorm<'_>,
+        d_out: &Tensor,
+        d_x: Option<(&mut Tensor, Held<'_>)>,
+        d_weights: [Option<&mut Tensor>; 2],
+    ) {
+        layer_norm::backward(x, norm, d_out, d_x, d_weights);
+    }
+
     fn rope(&self, x: &mut Tensor, angles: &RopeRows<'_>, inverse: bool) {
         elementwise::rope(x, angles, inverse);
     }
@@ -156,6 +181,18 @@ impl Kernels for Cpu {
     ) {
         let inputs = attention_inputs(parameters, mask, [q, k, v], sinks);
         attention::forward(&inputs, elements_mut(out), log_sum_exp.as_mut_slice::<f32>());
+    }
+
+    fn choose_keys(
+        &self,
+        parameters: &AttentionParameters,
+        mask: &AttentionMask,
+        inputs: [&Tensor; 3],
+        count: usize,
+        bits: &mut Tensor,
+    ) -> Result<()> {
+        choice::choose_keys(parameters, mask.segments(), inputs, count, bits);
+        Ok(())
     }
 
     fn attention_backward(
@@ -212,6 +249,18 @@ impl Kernels for Cpu {
         elementwise::add_assign(target, source);
     }
 
+    fn add_scaled(&self, x: &Tensor, factor: f32, y: &mut Tensor) {
+        elementwise::add_scaled(x, factor, y);
+    }
+
+    fn scaled(&self, x: &Tensor, factor: f32, out: &mut Tensor) {
+        elementwise::scaled(x, factor, out);
+    }
+
+    fn softcap(&self, x: &mut Tensor, cap: f32) {
+        elementwise::softcap(x, cap);
+    }
+
     fn convert(&self, source: &Tensor, target: &mut Tensor) {
         elementwise::convert(source, target);
     }
@@ -232,6 +281,14 @@ impl Kernels for Cpu {
         elementwise::scatter_rows(x, indices, out);
     }
 
+    fn copy_heads(&self, source: &Tensor, target: &mut Tensor, firsts: [usize; 2], width: usize) {
+        heads::copy_heads(source, target, firsts, width);
+    }
+
+    fn sum_heads(&self, source: &Tensor, first: usize, target: &mut Tensor) {
+        heads::sum_heads(source, first, target);
+    }
+
     fn cross_entropy(
         &self,
         mut logits: Tensor,
@@ -242,6 +299,14 @@ impl Kernels for Cpu {
     ) -> Result<Tensor> {
         sum.host += loss::cross_entropy(&mut logits, labels.as_slice::<i32>(), parameters);
         Ok(logits)
+    }
+
+    fn experts(&self) -> &dyn ExpertKernels {
+        self
+    }
+
+    fn delta(&self) -> &dyn crate::device::DeltaKernels {
+        self
     }
 
     fn sum_of_squares(&self, tensors: &[&Tensor], sum: &mut Sum) {

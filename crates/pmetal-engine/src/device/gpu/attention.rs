@@ -22,6 +22,8 @@ pub(super) struct Inputs<'a> {
     k: &'a Tensor,
     v: &'a Tensor,
     sinks: Option<&'a Tensor>,
+    /// Bits of the keys that queries look at, of those that they see.
+    chosen: Option<&'a Tensor>,
     /// The most queries of a document.
     longest: usize,
 }
@@ -35,7 +37,8 @@ impl<'a> Inputs<'a> {
     ) -> Self {
         let ranges = mask.ranges.as_ref().expect("invariant: a mask is made on the device of its tensors");
         let longest = mask.segments().iter().map(|segment| segment.query_length).max().unwrap_or(0);
-        Self { parameters, ranges, q, k, v, sinks, longest }
+        let chosen = mask.choice.as_ref().map(|choice| &choice.bits);
+        Self { parameters, ranges, q, k, v, sinks, chosen, longest }
     }
 
     fn tokens(&self) -> [usize; 2] {
@@ -44,6 +47,11 @@ impl<'a> Inputs<'a> {
 
     fn scalars(&self) -> [Argument; 2] {
         [Argument::F32(self.parameters.scale), Argument::F32(self.parameters.softcap.unwrap_or(0.0))]
+    }
+
+    /// Words of a row of chosen keys.
+    fn chosen_words(&self) -> usize {
+        self.chosen.map_or(0, Tensor::columns)
     }
 
     fn head_sizes(&self) -> [usize; 3] {
@@ -83,14 +91,15 @@ impl<'a> Inputs<'a> {
         [tokens, keys, self.parameters.query_heads, self.parameters.key_value_heads]
     }
 
-    /// Whether kernels on matrix units can read these tensors and the others that come with them.
+    /// Whether kernels on matrix units can read these tensors and the others that come with them. They know no choice of keys.
     fn is_aligned(&self, others: &[&Tensor]) -> bool {
         let is_aligned = |tensor: &&Tensor| {
             tensor.dtype() == self.q.dtype()
                 && tensor.pitch().is_multiple_of(8)
                 && tensor.address().is_multiple_of(16)
         };
-        matches!(self.q.dtype(), DType::Bf16 | DType::F16)
+        self.chosen.is_none()
+            && matches!(self.q.dtype(), DType::Bf16 | DType::F16)
             && self.parameters.scale > 0.0
             && [self.q, self.k, self.v].iter().chain(others).all(is_aligned)
     }
@@ -246,9 +255,11 @@ impl Gpu {
             .element(inputs.q.dtype())
             .arguments(&[inputs.q.into(), inputs.k.into(), inputs.v.into(), (&mut *out).into()])
             .arguments(&[log_sum_exp.into(), key_begin.into(), key_end.into(), inputs.sinks.into()])
+            .arguments(&[inputs.chosen.into()])
             .sizes(&inputs.head_sizes())
             .sizes(&[inputs.q.pitch(), inputs.k.pitch(), inputs.v.pitch(), out.pitch()])
             .arguments(&inputs.scalars())
+            .sizes(&[inputs.chosen_words()])
             .launch(self.runtime.as_ref(), [tokens, inputs.parameters.query_heads, 1], 32);
     }
 
@@ -300,7 +311,7 @@ impl Gpu {
             .sizes(&[shape.tokens, shape.heads])
             .launch(self.runtime.as_ref(), [shape.heads, shape.padded_tokens() / 64, 1], 256);
         match form {
-            Backward::Hopper { cluster } => pass.keys_hopper(cluster, d_k, d_v),
+            Backward::Hopper { cluster, consumers } => pass.keys_hopper(cluster, consumers, d_k, d_v),
             Backward::Plain => pass.keys(d_k, d_v),
         }
         match &pass.work.sums {
@@ -345,6 +356,7 @@ impl Gpu {
             (&deltas).into(),
             key_begin.into(),
             key_end.into(),
+            inputs.chosen.into(),
         ];
         let pitches = [inputs.q.pitch(), inputs.k.pitch(), inputs.v.pitch(), d_out.pitch()];
         Kernel::new("attention", "attention_d_query")
@@ -355,6 +367,7 @@ impl Gpu {
             .sizes(&pitches)
             .sizes(&[d_q.pitch()])
             .arguments(&inputs.scalars())
+            .sizes(&[inputs.chosen_words()])
             .launch(self.runtime.as_ref(), by_query, 32);
         Kernel::new("attention", "attention_d_key")
             .element(dtype)
@@ -364,6 +377,7 @@ impl Gpu {
             .sizes(&pitches)
             .sizes(&[d_k.pitch(), d_v.pitch()])
             .arguments(&inputs.scalars())
+            .sizes(&[inputs.chosen_words()])
             .launch(self.runtime.as_ref(), [keys, p.key_value_heads, 1], 32);
         if let (Some(sinks), Some(d_sinks)) = (inputs.sinks, d_sinks) {
             Kernel::new("attention", "attention_d_sinks")
@@ -390,9 +404,11 @@ struct BackwardPass<'a> {
 impl BackwardPass<'_> {
     fn kernel(&self, name: &'static str) -> Kernel {
         match self.form {
-            Backward::Hopper { cluster } => {
-                self.inputs.kernel(&matrix::BACKWARD_HOPPER, name).number("BACKWARD_CLUSTER", cluster)
-            }
+            Backward::Hopper { cluster, consumers } => self
+                .inputs
+                .kernel(&matrix::BACKWARD_HOPPER, name)
+                .number("BACKWARD_CLUSTER", cluster)
+                .number("BACKWARD_CONSUMERS", consumers),
             Backward::Plain => self.plain_kernel(name),
         }
     }
@@ -405,16 +421,17 @@ impl BackwardPass<'_> {
             .number("BACKWARD_STAGES", self.tile.stages)
     }
 
-    fn keys_hopper(&self, cluster: usize, d_k: &mut Tensor, d_v: &mut Tensor) {
-        let (inputs, queries) = (self.inputs, self.shape.backward_queries());
+    fn keys_hopper(&self, cluster: usize, consumers: usize, d_k: &mut Tensor, d_v: &mut Tensor) {
+        let (inputs, queries) = (self.inputs, self.shape.backward_queries(consumers));
+        let keys = 64 * consumers;
         let name = match self.work.sums {
             Some(_) => "attention_backward_hopper",
             None => "attention_backward_hopper_keys",
         };
         let [.., query_begin, query_end] = inputs.ranges;
-        let grid = [self.shape.key_heads * cluster, self.shape.keys.div_ceil(128), self.shape.sweeps()];
+        let grid = [self.shape.key_heads * cluster, self.shape.keys.div_ceil(keys), self.shape.sweeps()];
         self.kernel(name)
-            .arguments(&[boxes(inputs.q, queries), boxes(inputs.k, 128), boxes(inputs.v, 128)])
+            .arguments(&[boxes(inputs.q, queries), boxes(inputs.k, keys), boxes(inputs.v, keys)])
             .arguments(&[boxes(self.d_out, queries)])
             .arguments(&[rows_mut(d_k), rows_mut(d_v)].concat())
             .arguments(&[(&self.work.logs).into(), (&self.work.deltas).into()])
@@ -422,8 +439,8 @@ impl BackwardPass<'_> {
             .arguments(&[query_begin.into(), query_end.into()])
             .sizes(&inputs.sizes())
             .arguments(&inputs.scalars())
-            .shared(self.shape.backward_hopper_shared())
-            .launch(self.gpu.runtime.as_ref(), grid, 384);
+            .shared(self.shape.backward_hopper_shared(consumers))
+            .launch(self.gpu.runtime.as_ref(), grid, 128 * (consumers + 1));
     }
 
     fn keys(&self, d_k: &mut Tensor, d_v: &mut Tensor) {

@@ -35,7 +35,7 @@ fn gated_kernel(
 ) -> Kernel {
     Kernel::new("gated", kernel)
         .element(dtype)
-        .define("SILU", activation == GateActivation::Silu)
+        .activation(activation)
         .aligned(true)
         .number("VECTORS", vectors)
 }

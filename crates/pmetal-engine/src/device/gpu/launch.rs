@@ -1,6 +1,7 @@
 //! Putting a kernel's launch together.
 
 use super::runtime::{Argument, Launch, ModuleText, Runtime};
+use crate::device::GateActivation;
 use crate::{DType, Tensor};
 
 macro_rules! module {
@@ -17,16 +18,25 @@ macro_rules! module {
 }
 
 /// The portable kernels.
-static MODULES: [ModuleText; 10] = [
+static MODULES: [ModuleText; 19] = [
     module!("attention"),
+    module!("choice"),
+    module!("convolution"),
+    module!("delta"),
+    module!("delta_sweeps"),
     module!("elementwise"),
+    module!("expert_products"),
+    module!("experts"),
     module!("fp8"),
     module!("gated"),
     module!("gemv"),
+    module!("heads"),
+    module!("layer_norm"),
     module!("loss"),
     module!("norm"),
     module!("optimizer"),
     module!("rope"),
+    module!("routing"),
     module!("sampler"),
 ];
 
@@ -86,6 +96,19 @@ impl Kernel {
 
     pub(super) fn weight(self, dtype: DType) -> Self {
         self.typed("WEIGHT", dtype)
+    }
+
+    pub(super) fn bias(self, dtype: DType) -> Self {
+        self.typed("BIAS", dtype)
+    }
+
+    pub(super) fn activation(self, activation: GateActivation) -> Self {
+        self.define("SILU", activation == GateActivation::Silu)
+            .define("SIGMOID", activation == GateActivation::Sigmoid)
+    }
+
+    pub(super) fn second(self, dtype: DType) -> Self {
+        self.typed("SECOND", dtype)
     }
 
     pub(super) fn aligned(self, aligned: bool) -> Self {

@@ -5,15 +5,21 @@
 //! run.
 
 mod attention;
+mod choice;
 mod counters;
 pub(crate) mod cuda;
+mod delta;
 #[cfg(any(test, feature = "emulator"))]
 pub(crate) mod emulator;
+mod experts;
 mod fp8;
 mod gemv;
+mod heads;
 mod launch;
+mod layer_norm;
 mod optimizer;
 mod products;
+mod riding;
 pub(crate) mod runtime;
 mod sampler;
 mod weight_gradients;
@@ -28,8 +34,8 @@ use runtime::{Argument, DeviceFacts};
 
 use super::{
     AdamWControl, AdamWEntry, Arithmetic, AttentionMask, AttentionParameters, CrossEntropyParameters,
-    DropoutMask, Finish, Fp8Kernels, GateActivation, Held, Kernels, NormWeight, Operand, RopePairing,
-    RopeRows, Sum, WeightGradient,
+    DeltaKernels, DropoutMask, ExpertKernels, Finish, Fp8Kernels, GateActivation, Held, Kernels, LayerNorm,
+    NormWeight, Operand, Riding, RopePairing, RopeRows, RowKernel, Share, Sum, WeightGradient,
 };
 use crate::error::Result;
 use crate::memory::Category;
@@ -257,6 +263,48 @@ impl Kernels for Gpu {
         self.add_column_sums(&sums, parts, 1.0, d_weight);
     }
 
+    fn layer_norm(&self, x: &Tensor, norm: &LayerNorm<'_>, out: &mut Tensor) {
+        self.norm_layer(x, norm, out);
+    }
+
+    fn layer_norm_backward(
+        &self,
+        x: &Tensor,
+        norm: &LayerNorm<'_>,
+        d_out: &Tensor,
+        d_x: Option<(&mut Tensor, Held<'_>)>,
+        d_weights: [Option<&mut Tensor>; 2],
+    ) {
+        self.norm_layer_backward(x, norm, d_out, d_x, d_weights);
+    }
+
+    fn rides(&self, on: RowKernel, x: &Tensor, riding: &Riding) -> bool {
+        // Tests go the same ways on devices without these kernels.
+        cfg!(test) || riding::rides(&self.facts, on, x, &riding.a)
+    }
+
+    fn rms_norm_riding(
+        &self,
+        x: &Tensor,
+        weight: Option<&Tensor>,
+        norm: (NormWeight, f32),
+        riding: &Riding,
+        out: &mut Tensor,
+    ) -> bool {
+        self.norm_riding(x, weight, norm, riding, out)
+    }
+
+    fn rms_norm_backward_riding(
+        &self,
+        x: &Tensor,
+        weight: Option<&Tensor>,
+        norm: (NormWeight, f32),
+        d_out: (&Tensor, &Share),
+        d_x: (&mut Tensor, Held<'_>),
+    ) -> bool {
+        self.norm_backward_riding(x, weight, norm, d_out, d_x)
+    }
+
     fn rope(&self, x: &mut Tensor, angles: &RopeRows<'_>, inverse: bool) {
         let (tokens, row) = rows_and_columns(x);
         let (width, half) = (x.columns(), angles.cosines.columns());
@@ -290,6 +338,17 @@ impl Kernels for Gpu {
         self.attend(&attention::Inputs::new(parameters, mask, [q, k, v], sinks), out, log_sum_exp);
     }
 
+    fn choose_keys(
+        &self,
+        _parameters: &AttentionParameters,
+        mask: &AttentionMask,
+        inputs: [&Tensor; 3],
+        count: usize,
+        bits: &mut Tensor,
+    ) -> Result<()> {
+        self.choose_best_keys(mask, inputs, count, bits)
+    }
+
     fn attention_backward(
         &self,
         parameters: &AttentionParameters,
@@ -310,7 +369,7 @@ impl Kernels for Gpu {
         let (rows, columns) = rows_and_columns(gate);
         Kernel::new("gated", "gated")
             .element(gate.dtype())
-            .define("SILU", activation == GateActivation::Silu)
+            .activation(activation)
             .aligned(launch::is_aligned(columns, &[gate, up, out]))
             .arguments(&[gate.into(), up.into(), out.into()])
             .sizes(&[columns, gate.pitch(), up.pitch(), out.pitch()])
@@ -330,6 +389,25 @@ impl Kernels for Gpu {
         let addresses =
             [gate.address(), up.address(), d_out.address(), d_gate.address_mut(), d_up.address_mut()];
         self.gate_gradients(activation, rows_and_columns(gate), gate.dtype(), addresses, pitches);
+    }
+
+    fn gated_riding(
+        &self,
+        activation: GateActivation,
+        gate_and_up: [&Tensor; 2],
+        riding: &Riding,
+        out: &mut Tensor,
+    ) -> bool {
+        self.gate_riding(activation, gate_and_up, riding, out)
+    }
+
+    fn gated_backward_riding(
+        &self,
+        activation: GateActivation,
+        gate_and_up: [&mut Tensor; 2],
+        d_out: (&Tensor, &Share),
+    ) -> bool {
+        self.gate_gradients_riding(activation, gate_and_up, d_out)
     }
 
     fn gated_backward_in_place(
@@ -379,6 +457,37 @@ impl Kernels for Gpu {
         self.move_rows(source, target, 1.0, true);
     }
 
+    fn add_scaled(&self, x: &Tensor, factor: f32, y: &mut Tensor) {
+        let ([rows, columns], [pitch, y_pitch]) = common_rows(x, y);
+        let addresses = [x.address(), y.address_mut()];
+        let aligned = [columns, pitch, y_pitch].iter().all(|size| size.is_multiple_of(8))
+            && addresses.iter().all(|address| address.is_multiple_of(16));
+        Kernel::new("elementwise", "add_scaled")
+            .source(x.dtype())
+            .element(x.dtype())
+            .aligned(aligned)
+            .arguments(&addresses.map(Argument::Address))
+            .sizes(&[columns, pitch, y_pitch])
+            .arguments(&[Argument::F32(factor)])
+            .launch(self.runtime.as_ref(), [rows, columns.div_ceil(2048), 1], 256);
+    }
+
+    fn scaled(&self, x: &Tensor, factor: f32, out: &mut Tensor) {
+        self.move_rows(x, out, factor, false);
+    }
+
+    fn softcap(&self, x: &mut Tensor, cap: f32) {
+        let ([rows, columns], [pitch, _]) = common_rows(x, x);
+        Kernel::new("elementwise", "softcap")
+            .source(x.dtype())
+            .element(x.dtype())
+            .aligned(false)
+            .arguments(&[x.into()])
+            .sizes(&[columns, pitch])
+            .arguments(&[Argument::F32(cap)])
+            .launch(self.runtime.as_ref(), [rows, columns.div_ceil(2048), 1], 256);
+    }
+
     fn convert(&self, source: &Tensor, target: &mut Tensor) {
         self.move_rows(source, target, 1.0, false);
     }
@@ -419,6 +528,14 @@ impl Kernels for Gpu {
         self.choose_rows("scatter_rows", x, indices, out);
     }
 
+    fn copy_heads(&self, source: &Tensor, target: &mut Tensor, firsts: [usize; 2], width: usize) {
+        self.copy_head_columns(source, target, firsts, width);
+    }
+
+    fn sum_heads(&self, source: &Tensor, first: usize, target: &mut Tensor) {
+        self.sum_head_columns(source, first, target);
+    }
+
     fn cross_entropy(
         &self,
         logits: Tensor,
@@ -444,6 +561,14 @@ impl Kernels for Gpu {
             self.add_values("loss", "add_rows", &losses, total);
         }
         Ok(logits.narrowed_rows(gradient))
+    }
+
+    fn experts(&self) -> &dyn ExpertKernels {
+        self
+    }
+
+    fn delta(&self) -> &dyn DeltaKernels {
+        self
     }
 
     fn fp8(&self) -> Option<&dyn Fp8Kernels> {
@@ -478,7 +603,7 @@ impl Gpu {
             && addresses.iter().all(|address| address.is_multiple_of(16));
         Kernel::new("gated", "gated_backward")
             .element(dtype)
-            .define("SILU", activation == GateActivation::Silu)
+            .activation(activation)
             .aligned(aligned)
             .arguments(&addresses.map(Argument::Address))
             .sizes(&[columns])

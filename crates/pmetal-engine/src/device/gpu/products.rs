@@ -87,7 +87,7 @@ impl Gpu {
     }
 
     /// The tensor itself, or a copy in another type.
-    fn in_type(&self, tensor: &Tensor, dtype: DType) -> Result<Tensor> {
+    pub(super) fn in_type(&self, tensor: &Tensor, dtype: DType) -> Result<Tensor> {
         if tensor.dtype() == dtype {
             return Ok(tensor.clone());
         }

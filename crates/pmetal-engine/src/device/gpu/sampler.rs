@@ -29,12 +29,12 @@ impl Gpu {
             Argument::from(&cursor.token),
             (&cursor.position).into(),
             (&cursor.ranges).into(),
-            (&cursor.windows).into(),
+            (&cursor.limits).into(),
             (&cursor.log).into(),
             cursor.counts.as_ref().into(),
             (&cursor.drawn).into(),
         ];
-        let sizes = [groups, cursor.windows.elements(), cursor.log.elements()];
+        let sizes = [groups, cursor.limits.elements() / 2, cursor.log.elements()];
         if constants.is_greedy {
             Kernel::new("sampler", "sample_best")
                 .arguments(&candidates)

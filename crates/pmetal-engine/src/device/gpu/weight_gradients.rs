@@ -31,7 +31,10 @@ const THIN_TILE: usize = 64;
 
 const SHARED_BYTES: usize = STAGES * TOKEN_TILE * (WIDE_TILE + THIN_TILE) * 2;
 
-/// Parts of the tokens that are summed apart, at most.
+/// Blocks of a cluster at most: more leave each too little to do.
+const MOST_CLUSTER: usize = 4;
+
+/// Parts of the tokens that are summed apart by blocks without clusters, at most.
 const MOST_SPLITS: usize = 6;
 
 impl Gpu {
@@ -71,29 +74,33 @@ impl Gpu {
         tokens: usize,
         dtype: DType,
     ) -> Result<()> {
-        let mut blocks = 0;
+        let (mut blocks, mut first_blocks) = (0, [0; MOST_PRODUCTS]);
         let products: Vec<Argument> = batch
             .iter_mut()
-            .map(|gradient| {
-                let product = describe(gradient, blocks);
+            .zip(&mut first_blocks)
+            .map(|(gradient, first)| {
+                *first = blocks;
                 blocks += gradient.left.columns().max(gradient.right.columns()).div_ceil(WIDE_TILE);
-                product
+                describe(gradient)
             })
             .collect();
         let like = batch[0].left;
-        let splits = splits(blocks, self.facts.multiprocessors, tokens);
-        let partials = match splits {
-            1 => None,
-            _ => {
-                let shape = [blocks * splits, WIDE_TILE * THIN_TILE];
-                Some(Tensor::scratch(like.device(), Category::Workspace, DType::F32, &shape)?)
-            }
+        let has_clusters = self.facts.capability.0 == 9;
+        let splits =
+            if has_clusters { cluster(tokens) } else { splits(blocks, self.facts.multiprocessors, tokens) };
+        let partials = if has_clusters || splits == 1 {
+            None
+        } else {
+            let shape = [blocks * splits, WIDE_TILE * THIN_TILE];
+            Some(Tensor::scratch(like.device(), Category::Workspace, DType::F32, &shape)?)
         };
         let counters = self.counters.address(like)?;
         Kernel::of(&MODULE, "weight_gradients")
             .define("HALVES_F16", dtype == DType::F16)
             .number("TOKEN_TILE", TOKEN_TILE)
             .number("STAGES", STAGES)
+            .number("CLUSTER", if has_clusters { splits } else { 1 })
+            .arguments(&[Argument::Words(pairs(&first_blocks))])
             .arguments(&products)
             .arguments(&vec![Argument::Words([0; 8]); MOST_PRODUCTS - products.len()])
             .sizes(&[products.len(), tokens])
@@ -118,8 +125,13 @@ fn is_thin(gradient: &WeightGradient<'_>) -> bool {
         && [left, right].iter().all(|side| side.shape().len() == 2 && is_aligned(side))
 }
 
+/// Sixteen numbers as a struct of 64 bytes.
+fn pairs(numbers: &[usize; 16]) -> [u64; 8] {
+    std::array::from_fn(|i| numbers[2 * i] as u64 | (numbers[2 * i + 1] as u64) << 32)
+}
+
 /// The kernel's `Product`.
-fn describe(gradient: &mut WeightGradient<'_>, first_block: usize) -> Argument {
+fn describe(gradient: &mut WeightGradient<'_>) -> Argument {
     let (left, right, pitch) = (gradient.left, gradient.right, gradient.out.pitch());
     let left_is_wide = left.columns() >= right.columns();
     let (wide, thin) = if left_is_wide { (left, right) } else { (right, left) };
@@ -132,9 +144,14 @@ fn describe(gradient: &mut WeightGradient<'_>, first_block: usize) -> Argument {
         pair(wide.pitch(), thin.pitch()),
         pair(wide.columns(), thin.columns()),
         pair(strides[0], strides[1]),
-        u64::from(gradient.scale.to_bits()) | (first_block as u64) << 32,
+        u64::from(gradient.scale.to_bits()),
         0,
     ])
+}
+
+/// Blocks of a cluster that divide the tokens, whatever else is in their launch, so that sums do not depend on that.
+fn cluster(tokens: usize) -> usize {
+    MOST_CLUSTER.min(tokens / (4 * TOKEN_TILE)).max(1)
 }
 
 /// Parts that the tokens are divided into, so that two blocks of every multiprocessor have work.

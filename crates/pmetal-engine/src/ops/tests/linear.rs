@@ -373,11 +373,11 @@ fn project_is_the_product_alone(device: &Device) {
     let (x, w) = (numbers("x", 3 * 7, DType::F32), numbers("W", 5 * 7, DType::F32));
     let mut out = Tensor::scratch(device, Category::Workspace, DType::F32, &[3, 5]).unwrap();
     let (left, right) = (tensor(device, DType::F32, &[3, 7], &x), tensor(device, DType::F32, &[5, 7], &w));
-    ops::project(&left, &right, &mut out).unwrap();
+    ops::project(&left, &right, 1.0, &mut out).unwrap();
     let layer = reference::Linear { width: 7, rank: 0, scale: 1.0, lora_scale: 0.0, mask: None };
     assert_close("project", &wide(&out), &layer.forward([&x, &w, &[], &[], &[], &[]]), F32_ERROR);
-    assert!(ops::project(&right, &right, &mut out).is_err());
-    assert!(ops::project(&left, &tensor(device, DType::F32, &[5, 6], &[0.0; 30]), &mut out).is_err());
+    assert!(ops::project(&right, &right, 1.0, &mut out).is_err());
+    assert!(ops::project(&left, &tensor(device, DType::F32, &[5, 6], &[0.0; 30]), 1.0, &mut out).is_err());
 }
 
 #[test]

@@ -4,13 +4,21 @@
 //! rounded too), 2e-3 for f16 (11 bits); operations that round more often state theirs.
 
 mod attention;
+mod choice;
+mod columns;
+mod delta;
 mod embedding;
 mod gated;
+mod heads;
+mod layer_norm;
 mod linear;
 mod loss;
+mod moe;
 mod norm;
 mod optimizer;
+mod residual;
 mod rope;
+mod softcap;
 mod stack;
 
 use std::sync::Arc;

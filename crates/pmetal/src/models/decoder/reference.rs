@@ -18,18 +18,16 @@ impl Decoder {
         let tape = Tape::off();
         let shared = Shared {
             inputs: Arc::new(self.inputs(run, run.ids.len(), 0)?),
-            epsilon: self.spec.norm_epsilon,
-            norm_weight: self.spec.norm_weight,
+            residual_scale: self.spec.residual_scale,
             dropout: None,
+            balance: None,
         };
-        let (ids, padding) = (&shared.inputs.ids, self.spec.padding_id);
-        let mut states = ops::embedding(&tape, ids, &self.embedding, 1.0, padding, self.dtype)?;
+        let mut states = self.embed(&tape, &shared.inputs)?;
         for index in 0..self.layers.len() {
             states = layer(index)?.run(&tape, states, &shared, None)?;
         }
-        let weight = Some(&self.final_norm);
-        let states = rms_norm(&tape, &states, weight, self.spec.norm_weight, self.spec.norm_epsilon)?;
-        let parameters = CrossEntropyParameters { logit_scale: 1.0, softcap: None, gradient_scale: 1.0 };
+        let states = self.final_norm.apply(&tape, &states, Spare::default())?;
+        let parameters = self.loss_parameters(1.0);
         let targets = self.targets(labels, run.ids.len())?;
         let loss = linear_cross_entropy(&tape, &states, self.head(), &targets, &parameters)?;
         Ok(loss.sum.read()? / loss.tokens.max(1) as f64)

@@ -1,19 +1,17 @@
 //! Llama 2 and 3.x, and the many models that use their architecture.
 
-use super::{Family, plain};
+use super::{Defaults, Family, attention_biases, change_dense, plain};
 use crate::error::Result;
 use crate::models::config::Config;
 use crate::models::spec::Spec;
 
-pub(super) const FAMILY: Family = Family { model_type: "llama", read };
+pub(super) const FAMILY: Family =
+    Family { name: "Llama 2, 3, 3.1, 3.2, 3.3 and what shares the architecture", model_type: "llama", read };
 
 fn read(config: &Config) -> Result<Spec> {
-    let mut spec = plain("llama", config, None)?;
-    let (attention_bias, bias) = (config.flag("attention_bias", false)?, config.flag("mlp_bias", false)?);
-    for layer in &mut spec.layers {
-        layer.attention.input_bias = attention_bias;
-        layer.attention.output_bias = attention_bias;
-        layer.feed_forward.bias = bias;
-    }
+    let mut spec = plain("llama", config, &Defaults::LLAMA)?;
+    attention_biases(&mut spec, config, false)?;
+    let bias = config.flag("mlp_bias", false)?;
+    change_dense(&mut spec, |dense| dense.bias = bias);
     Ok(spec)
 }

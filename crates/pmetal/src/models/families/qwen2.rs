@@ -1,14 +1,14 @@
 //! Qwen 2 and 2.5: biases on q, k and v.
 
-use super::{Family, plain, qwen_windows};
+use super::{Defaults, Family, plain, qwen_windows};
 use crate::error::Result;
 use crate::models::config::Config;
 use crate::models::spec::Spec;
 
-pub(super) const FAMILY: Family = Family { model_type: "qwen2", read };
+pub(super) const FAMILY: Family = Family { name: "Qwen 2, 2.5", model_type: "qwen2", read };
 
 fn read(config: &Config) -> Result<Spec> {
-    let mut spec = plain("qwen2", config, None)?;
+    let mut spec = plain("qwen2", config, &Defaults::LLAMA)?;
     for layer in &mut spec.layers {
         layer.attention.input_bias = true;
     }

@@ -102,7 +102,7 @@ pub(super) fn run(
 ) {
     with_pass(level, threads, inputs, saved, gradients, |pass| {
         #[cfg(target_arch = "x86_64")]
-        if super::tiles::apply(level, &[inputs.q, inputs.k, inputs.v, saved.d_out]) {
+        if super::tiles::apply(level, inputs, &[saved.d_out]) {
             return pass.run_tasks::<super::tiles::TileBlocks<Amx>>();
         }
         kernel::dispatch_f32(level, pass);
@@ -334,7 +334,7 @@ impl Backward<'_, '_> {
     pub(super) fn differentiate_row(
         &self,
         visible: &Visible,
-        (row, at): (usize, usize),
+        (row, at, first_key): (usize, usize, usize),
         (scores, d_scores): (&mut [f32], &mut [f32]),
         scale: f32,
     ) {
@@ -342,9 +342,12 @@ impl Backward<'_, '_> {
         mask_row(d_scores, &seen, 0.0);
         let groups = mask_row(scores, &seen, f32::NEG_INFINITY);
         if !groups.is_empty() {
-            let (scores, d_scores) = (&mut scores[groups.clone()], &mut d_scores[groups]);
-            let (lse, delta) = (self.saved.lse[at], self.deltas[at]);
-            gradient_row(self.level, scores, d_scores, scale, self.inputs.parameters.softcap, lse, delta);
+            let (lse, delta, p) = (self.saved.lse[at], self.deltas[at], self.inputs.parameters);
+            let values = (&mut scores[groups.clone()], &mut d_scores[groups]);
+            gradient_row(self.level, values.0, values.1, scale, p.softcap, lse, delta);
+            for values in [scores, d_scores] {
+                self.inputs.hide([at / p.query_heads, first_key], &seen, values, 0.0);
+            }
         }
     }
 }
@@ -427,7 +430,7 @@ impl<K: Kernel<Packed = f32>> Blocks for F32Blocks<K> {
             for (row, rows) in rows.enumerate().take(visible.queries) {
                 pass.differentiate_row(
                     visible,
-                    (row, (tokens.start + row) * p.query_heads + head),
+                    (row, (tokens.start + row) * p.query_heads + head, segment.key_start + keys.start),
                     rows,
                     1.0,
                 );

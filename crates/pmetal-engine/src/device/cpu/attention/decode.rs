@@ -61,6 +61,8 @@ pub(super) unsafe fn run(
             if groups.is_empty() {
                 continue;
             }
+            let origin = [segment.query_start + row % queries, segment.key_start + first];
+            inputs.hide(origin, &seen, weights, f32::NEG_INFINITY);
             let old = maxima[row];
             let (max, sum) = softmax_row(level, &mut weights[groups], p.softcap, old);
             let factor = if max == old { 1.0 } else { exp(old - max) };

@@ -41,7 +41,7 @@ pub(super) fn run(
     lse: &mut [f32],
 ) {
     #[cfg(target_arch = "x86_64")]
-    if super::tiles::apply(level, &[inputs.q, inputs.k, inputs.v]) {
+    if super::tiles::apply(level, inputs, &[]) {
         return run_tiles::<Amx>(level, threads, inputs, out, lse);
     }
     let results = Results { out: Target::new(out), lse: Shared(lse.as_mut_ptr()) };
@@ -178,7 +178,8 @@ impl Forward<'_, '_> {
                     sums: &mut sums[rows],
                     outputs: &mut outputs[head * BLOCK * width..(head + 1) * BLOCK * width],
                 };
-                self.softmax(&visible, scores, &mut state, width);
+                let origin = [segment.query_start + queries.start, segment.key_start + keys.start];
+                self.softmax(&visible, origin, scores, &mut state, width);
                 add_by_query::<K>(&visible, scores, values, width, state.outputs);
             }
         }
@@ -204,13 +205,21 @@ impl Forward<'_, '_> {
     }
 
     /// Turns scores into weights relative to the new row maxima, and rescales what was summed so far.
-    fn softmax(&self, visible: &Visible, scores: &mut [f32], state: &mut State<'_>, width: usize) {
+    fn softmax(
+        &self,
+        visible: &Visible,
+        [first_query, first_key]: [usize; 2],
+        scores: &mut [f32],
+        state: &mut State<'_>,
+        width: usize,
+    ) {
         for (row, scores) in scores.chunks_exact_mut(STRIDE).enumerate().take(visible.queries) {
             let seen = visible.of(row);
             let groups = mask_row(scores, &seen, f32::NEG_INFINITY);
             if groups.is_empty() {
                 continue;
             }
+            self.inputs.hide([first_query + row, first_key], &seen, scores, f32::NEG_INFINITY);
             let old = state.maxima[row];
             let (max, sum) =
                 softmax_row(self.level, &mut scores[groups], self.inputs.parameters.softcap, old);

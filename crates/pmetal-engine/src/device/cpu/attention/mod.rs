@@ -101,6 +101,31 @@ pub struct Inputs<'a> {
     pub v: Elements<'a>,
     /// One more logit per head, \[H\], that takes a share of the probability and has no value.
     pub sinks: Option<&'a [f32]>,
+    /// The keys that queries look at, of those that they see; all where there are none.
+    pub chosen: Option<Chosen<'a>>,
+}
+
+/// A bit for each query and key: bit k % 32 of word k / 32 of a query's row.
+#[derive(Clone, Copy, Debug)]
+pub struct Chosen<'a> {
+    /// [T_q, words].
+    pub words: &'a [u32],
+    /// Words of a row.
+    pub stride: usize,
+}
+
+impl Inputs<'_> {
+    /// Overwrites the values, one for each key from `first_key` on, of keys that are seen but were not chosen.
+    fn hide(&self, [query, first_key]: [usize; 2], seen: &Range<usize>, values: &mut [f32], hidden: f32) {
+        let Some(chosen) = &self.chosen else { return };
+        let row = &chosen.words[query * chosen.stride..][..chosen.stride];
+        for at in seen.clone() {
+            let key = first_key + at;
+            if row[key / 32] >> (key % 32) & 1 == 0 {
+                values[at] = hidden;
+            }
+        }
+    }
 }
 
 /// What backward reads of the forward pass, and the gradient of its output.
@@ -194,7 +219,7 @@ fn backward_at(
 }
 
 fn check(inputs: &Inputs<'_>, out_length: usize, lse_length: usize) {
-    let Inputs { parameters: p, segments, q, k, v, sinks } = inputs;
+    let Inputs { parameters: p, segments, q, k, v, sinks, chosen } = inputs;
     assert!(
         p.key_value_heads > 0 && p.query_heads > 0 && p.query_heads.is_multiple_of(p.key_value_heads),
         "invariant: {} query heads do not share {} kv heads evenly",
@@ -215,6 +240,13 @@ fn check(inputs: &Inputs<'_>, out_length: usize, lse_length: usize) {
     assert!(lengths == expected, "invariant: q, k, v, out, lse have {lengths:?} elements, not {expected:?}");
     if let Some(sinks) = sinks {
         assert!(sinks.len() == p.query_heads, "invariant: {} sinks for {} heads", sinks.len(), p.query_heads);
+    }
+    if let Some(Chosen { words, stride }) = chosen {
+        assert!(
+            *stride == keys.div_ceil(32) && words.len() == queries * stride,
+            "invariant: {} words of {stride} for {queries} queries and {keys} keys",
+            words.len()
+        );
     }
     let (mut query, mut key) = (0, 0);
     for segment in *segments {

@@ -116,6 +116,7 @@ impl Case {
             k: Elements::F32(&tensors.k),
             v: Elements::F32(&tensors.v),
             sinks: self.has_sinks.then_some(&tensors.sinks),
+            chosen: None,
         }
     }
 }

@@ -20,9 +20,12 @@ const PANELS: usize = BLOCK / SIDE;
 /// Pairs of bf16 in a row of a block of weights.
 const ROW_PAIRS: usize = BLOCK / 2;
 
-/// Whether this is the way to work on these tensors.
-pub(super) fn apply(level: SimdLevel, tensors: &[Elements<'_>]) -> bool {
-    level == SimdLevel::Avx512Amx && tensors.iter().all(|tensor| matches!(tensor, Elements::Bf16(_)))
+/// Whether this is the way to work on these tensors. Rows of tiles see ranges of keys, not a choice of them.
+pub(super) fn apply(level: SimdLevel, inputs: &Inputs<'_>, others: &[Elements<'_>]) -> bool {
+    let mut tensors = [inputs.q, inputs.k, inputs.v].into_iter().chain(others.iter().copied());
+    level == SimdLevel::Avx512Amx
+        && inputs.chosen.is_none()
+        && tensors.all(|tensor| matches!(tensor, Elements::Bf16(_)))
 }
 
 /// Steps of a sum over the elements of a head; also its panels.

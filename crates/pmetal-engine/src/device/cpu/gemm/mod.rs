@@ -84,6 +84,16 @@ pub fn gemm_serial(
     gemm_at(level_of_products(), products, out, epilogue, arithmetic, workspace, 1);
 }
 
+/// Does what [`gemm`] does, with the same bits, on the calling thread alone.
+pub(super) fn gemm_on_this_thread(
+    products: &[Product<'_>],
+    out: MatrixMut<'_>,
+    epilogue: &Epilogue<'_>,
+    arithmetic: Arithmetic,
+) {
+    buffer::with_thread_workspace(|workspace| gemm_serial(products, out, epilogue, arithmetic, workspace));
+}
+
 fn gemm_at(
     level: SimdLevel,
     products: &[Product<'_>],

@@ -73,7 +73,7 @@ pub(super) enum Forward {
 /// How the backward pass is computed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Backward {
-    Hopper { cluster: usize },
+    Hopper { cluster: usize, consumers: usize },
     Plain,
 }
 
@@ -140,10 +140,16 @@ impl Shape {
     /// no block has room for any.
     pub(super) fn backward(&self, facts: &DeviceFacts) -> Option<(Backward, Tile)> {
         let form = match facts.capability.0 {
-            9 => Backward::Hopper { cluster: self.cluster(facts) },
+            9 => Backward::Hopper { cluster: self.cluster(facts), consumers: self.consumers(facts) },
             _ => Backward::Plain,
         };
         self.tile(facts).map(|tile| (form, tile))
+    }
+
+    /// Warpgroups of a block of the Hopper form, each with 64 keys: one where the longest block would take most of the time.
+    fn consumers(&self, facts: &DeviceFacts) -> usize {
+        let blocks = self.key_heads * self.keys.div_ceil(128);
+        if self.is_narrowest() && 2 * blocks <= facts.multiprocessors { 1 } else { 2 }
     }
 
     /// The most blocks that share a group of heads while the card has room for them.
@@ -219,8 +225,8 @@ impl Shape {
     }
 
     /// Queries of a tile of the Hopper form.
-    pub(super) fn backward_queries(&self) -> usize {
-        if self.is_narrowest() { 128 } else { 64 }
+    pub(super) fn backward_queries(&self, consumers: usize) -> usize {
+        if self.is_narrowest() && consumers == 2 { 128 } else { 64 }
     }
 
     /// Times that the Hopper form goes over the keys.
@@ -228,10 +234,10 @@ impl Shape {
         if self.is_narrow() { 1 } else { 2 }
     }
 
-    pub(super) fn backward_hopper_shared(&self) -> usize {
-        let (pieces, queries) = (self.pieces().iter().sum::<usize>(), self.backward_queries());
-        let stages = if pieces <= 6 { 2 } else { 1 };
-        pieces * (16384 + stages * 128 * queries) + (512 + 16 * stages) * queries + 1024
+    pub(super) fn backward_hopper_shared(&self, consumers: usize) -> usize {
+        let (pieces, queries) = (self.pieces().iter().sum::<usize>(), self.backward_queries(consumers));
+        let (stages, keys) = (if pieces <= 6 { 2 } else { 1 }, 64 * consumers);
+        pieces * (128 * keys + stages * 128 * queries) + (4 * keys + 16 * stages) * queries + 1024
     }
 
     /// Columns of the f32 sums of the queries' gradients.
@@ -313,6 +319,14 @@ mod tests {
     }
 
     #[test]
+    fn blocks_have_half_the_keys_where_the_longest_would_take_most_of_the_time() {
+        let form = |tokens, heads, width| shape(tokens, heads, [width, width]).backward(&H200).unwrap().0;
+        assert_eq!(form(2048, [9, 3], 64), Backward::Hopper { cluster: 3, consumers: 1 });
+        assert_eq!(form(8192, [32, 8], 64), Backward::Hopper { cluster: 1, consumers: 2 });
+        assert_eq!(form(2048, [9, 3], 128), Backward::Hopper { cluster: 3, consumers: 2 });
+    }
+
+    #[test]
     fn every_hopper_form_has_room_in_a_block() {
         for widths in (8..=256).step_by(8).flat_map(|key| (8..=256).step_by(8).map(move |value| [key, value]))
         {
@@ -320,7 +334,8 @@ mod tests {
             if let Some(Forward::Hopper { consumers }) = shape.forward(&H200) {
                 assert!(shape.forward_hopper_shared(consumers) <= H200.shared_bytes_per_block, "{widths:?}");
             }
-            assert!(shape.backward_hopper_shared() <= H200.shared_bytes_per_block, "{widths:?}");
+            let consumers = shape.consumers(&H200);
+            assert!(shape.backward_hopper_shared(consumers) <= H200.shared_bytes_per_block, "{widths:?}");
             assert!(shape.tile(&H200).is_some() && shape.tile(&SMALL).is_some(), "{widths:?}");
         }
     }

@@ -142,6 +142,7 @@ fn block(device: &Device, dtype: DType, fuses: bool, repeats: bool) -> Vec<Vec<u
             spare: 0,
             codes: fuses && down.reads_codes(),
             gradient_factors: gate_up.gradient_factors().filter(|_| fuses),
+            riding: None,
         };
         let product = gated_with_spare(tape, GateActivation::Silu, &halves[0], &halves[1], options)?;
         assert_eq!(product.codes().is_some(), fuses && !tape.is_again());
@@ -234,6 +235,39 @@ fn what_is_added_to_a_gradient_takes_its_codes_away() {
     gradients.add_with_codes(slot, gradient(2), codes()).unwrap();
     gradients.add_with_codes(slot, gradient(4), codes()).unwrap();
     assert!(gradients.take_with_codes(slot).unwrap().1.is_none());
+}
+
+#[test]
+fn columns_hand_the_codes_of_their_gradients_on_where_they_are_of_all_of_them() {
+    let Some(device) = device(Fp8Scaling::Rows) else { return };
+    let fp8 = device.kernels().fp8().unwrap();
+    let whole = tensor(&device, DType::F32, 1, &[2, 48]);
+    let factors = tensor(&device, DType::F32, 2, &[48]);
+    let rows = [1, 2].map(|_| fp8.quantise_rows(&whole, Some(&factors)).unwrap());
+    // Each part's first column, and which codes it has, if any.
+    for (parts, expected) in [
+        ([(0, Some(0)), (32, Some(0))], Some(0)),
+        ([(8, Some(0)), (40, Some(0))], Some(8)),
+        ([(0, Some(0)), (16, Some(0))], None),
+        ([(0, Some(0)), (32, Some(1))], None),
+        ([(0, Some(0)), (32, None)], None),
+        ([(0, None), (32, Some(0))], None),
+    ] {
+        let tape = Tape::recording();
+        let leaf = tape.leaf(tensor(&device, DType::F32, 3, &[2, 48]));
+        let slot = leaf.slot().unwrap();
+        let outputs = crate::ops::split_columns(&tape, leaf, &[32, 16]).unwrap();
+        let mut gradients = tape.no_gradients();
+        let columns = whole.copy(Category::Workspace).unwrap().split_columns(&[32, 16]).unwrap();
+        for ((output, part), (first, codes)) in outputs.iter().zip(columns).zip(parts) {
+            let carried =
+                |index: usize| GradientCodes { rows: rows[index].clone(), factors: factors.clone(), first };
+            gradients.add_with_codes(output.slot().unwrap(), part, codes.map(carried)).unwrap();
+        }
+        let (gradient, codes) = tape.run_nodes(gradients).unwrap().take_with_codes(slot).unwrap();
+        assert_eq!(bits(&gradient), bits(&whole));
+        assert_eq!(codes.map(|codes| codes.first), expected, "{parts:?}");
+    }
 }
 
 #[test]

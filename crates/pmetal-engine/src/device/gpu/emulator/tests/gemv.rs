@@ -75,7 +75,7 @@ fn logits_are_f32_whatever_their_states_are() {
         let (states, head) =
             (matrix(run, 1, &[1, 96], run.rounding), matrix(run, 2, &[50, 96], run.rounding));
         let mut logits = run.place(DType::F32, &[1, 50], 0, &[f32::NAN; 50]);
-        crate::ops::project(&states, &head, &mut logits).unwrap();
+        crate::ops::project(&states, &head, 1.0, &mut logits).unwrap();
         vec![logits]
     });
 }

@@ -42,7 +42,7 @@ fn pass(run: &Run<'_>, packs: bool, rows: usize) -> Vec<Tensor> {
     let tape = Tape::recording();
     let leaf = tape.leaf(run.dense(100, &[rows, WIDTH]));
     let normed = if packs {
-        let spare = Spare { result: group.spare(), ..Spare::default() };
+        let spare = Spare { result: group.spare(), riding: group.riding(), ..Spare::default() };
         crate::ops::rms_norm_with_spare(&tape, &leaf, None, NormWeight::Plain, 1e-3, spare).unwrap()
     } else {
         rms_norm(&tape, &leaf, None, NormWeight::Plain, 1e-3).unwrap()
@@ -102,8 +102,9 @@ fn residual_pass(run: &Run<'_>, spare: usize) -> Vec<Tensor> {
     results
 }
 
-/// Two groups of one input, which keeps what the first of them made of it; gradients of the input and of all adapters.
-fn shared_pass(run: &Run<'_>) -> Vec<Tensor> {
+/// Two groups of one input, next to which is what the first of them made of it, with the norm if it rides there; gradients of
+/// the input and of all adapters.
+fn shared_pass(run: &Run<'_>, tape: &Tape, rides: bool) -> Vec<Tensor> {
     const ROWS: usize = 9;
     let group = |seed: u64| {
         let trained =
@@ -116,13 +117,14 @@ fn shared_pass(run: &Run<'_>) -> Vec<Tensor> {
         group
     };
     let groups = [group(1), group(11)];
-    let tape = Tape::keeping_all();
     let leaf = tape.leaf(run.dense(4, &[ROWS, WIDTH]));
-    let spare = Spare { result: groups[0].spare(), ..Spare::default() };
-    let normed = rms_norm_with_spare(&tape, &leaf, None, NormWeight::Plain, 1e-3, spare).unwrap();
-    let first = linear_group(&tape, &normed, &groups[0], LinearOptions::default()).unwrap().remove(0);
+    let riding = groups[0].riding().filter(|_| rides);
+    let spare = Spare { result: groups[0].spare(), riding, ..Spare::default() };
+    let normed = rms_norm_with_spare(tape, &leaf, None, NormWeight::Plain, 1e-3, spare).unwrap();
+    assert_eq!(normed.riding().is_some(), rides && !run.device.is_host());
+    let first = linear_group(tape, &normed, &groups[0], LinearOptions::default()).unwrap().remove(0);
     let options = LinearOptions { residual: Some(&first), ..LinearOptions::default() };
-    let both = linear_group(&tape, &normed, &groups[1], options).unwrap().remove(0);
+    let both = linear_group(tape, &normed, &groups[1], options).unwrap().remove(0);
     let mut results = vec![both.tensor().copy(Category::Workspace).unwrap()];
     let mut gradients = tape.backward(&both, run.dense(6, &[ROWS, 16])).unwrap();
     results.push(gradients.take(leaf.slot().unwrap()).unwrap().contiguous().unwrap());
@@ -172,7 +174,12 @@ fn a_gradient_that_waits_reads_what_the_residual_gradient_was() {
 #[test]
 fn a_second_group_does_not_overwrite_what_the_first_has_put_next_to_their_input() {
     for dtype in [DType::F32, DType::Bf16] {
-        check_padded("two groups of one input", dtype, &[0], &shared_pass);
+        for rides in [false, true] {
+            let kept = |run: &Run<'_>| shared_pass(run, &Tape::keeping_all(), rides);
+            check_padded("two groups of one input", dtype, &[0], &kept);
+            let again = |run: &Run<'_>| shared_pass(run, &Tape::recording(), rides);
+            check_padded("two groups of one input, computed again", dtype, &[0], &again);
+        }
     }
 }
 

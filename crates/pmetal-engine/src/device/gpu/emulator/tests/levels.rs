@@ -23,8 +23,8 @@ struct Block {
 }
 
 /// As a decoder has it: the gradient of a block's input is the result's gradient of the block before.
-fn room(result: usize, gradient: usize) -> Spare {
-    Spare { result, gradient, codes: false }
+fn room(reader: &LinearGroup, gradient: usize) -> Spare {
+    Spare { result: reader.spare(), gradient, codes: false, riding: reader.riding() }
 }
 
 fn group(run: &Run<'_>, seed: u64, shapes: &[[usize; 2]]) -> LinearGroup {
@@ -62,12 +62,12 @@ impl Block {
             None,
             NormWeight::Plain,
             1e-3,
-            room(self.gate_up.spare(), self.down.spare()),
+            room(&self.gate_up, self.down.spare()),
         )?;
         let halves = linear_group(tape, &normed, &self.gate_up, LinearOptions::default())?;
         drop(normed);
         let spare = self.down.spare();
-        let options = GatedOptions { spare, ..GatedOptions::default() };
+        let options = GatedOptions { spare, riding: self.down.riding(), ..GatedOptions::default() };
         let product = gated_with_spare(tape, GateActivation::Silu, &halves[0], &halves[1], options)?;
         drop(halves);
         let options = LinearOptions { residual: Some(x), ends_block: true, ..LinearOptions::default() };

@@ -1,6 +1,7 @@
 //! Tokens chosen by the device against those chosen by the host, which must be the same.
 
 use super::*;
+use crate::device::MaskKind;
 use crate::ops::{Cursor, SEEN, SampleOptions, choose, sample};
 
 const GREEDY: SampleOptions = SampleOptions {
@@ -13,6 +14,15 @@ const GREEDY: SampleOptions = SampleOptions {
     frequency_penalty: 0.0,
     seed: 0x1234_5678_9ABC,
 };
+
+/// All keys, a window, a chunk that ends between two steps, and both, of which one or the other leaves fewer keys.
+const KINDS: [MaskKind; 5] = [
+    MaskKind { window: None, chunk: None },
+    MaskKind { window: Some(6), chunk: None },
+    MaskKind { window: None, chunk: Some(3) },
+    MaskKind { window: Some(6), chunk: Some(5) },
+    MaskKind { window: Some(2), chunk: Some(5) },
+];
 
 fn every_option() -> Vec<SampleOptions> {
     let warm = SampleOptions { temperature: 0.8, ..GREEDY };
@@ -54,9 +64,10 @@ fn the_device_chooses_the_tokens_that_the_host_chooses() {
                 .iter()
                 .map(|x| if *x > 0.9 { SEEN | 3 } else { 0 })
                 .collect();
-            let mut cursor = Cursor::new(&device, &[None, Some(6)]).unwrap();
+            let mut cursor = Cursor::new(&device, &KINDS).unwrap();
             let held = options.has_penalties().then_some(&counts[..]);
             cursor.place(0, 4, 17, held).unwrap();
+            assert_eq!(cursor.ranges.to_vec::<i32>().unwrap(), [0, 5, 0, 5, 3, 5, 0, 5, 3, 5]);
             let mut expected = Vec::new();
             for step in 0..3 {
                 let values = logits(kind, 100 * step + number as u64, vocabulary);
@@ -75,7 +86,7 @@ fn the_device_chooses_the_tokens_that_the_host_chooses() {
             let last = expected[2].unwrap_or(0);
             assert_eq!(cursor.token().to_vec::<u32>().unwrap(), [last], "{what}");
             assert_eq!(cursor.position().to_vec::<u32>().unwrap(), [7]);
-            assert_eq!(cursor.ranges.to_vec::<i32>().unwrap(), [0, 8, 2, 8]);
+            assert_eq!(cursor.ranges.to_vec::<i32>().unwrap(), [0, 8, 2, 8, 6, 8, 5, 8, 6, 8]);
         }
     }
 }
@@ -88,7 +99,7 @@ fn many_logits_are_drawn_by_their_weights() {
         let values = logits(kind, 3, vocabulary);
         let options = SampleOptions { temperature: 1.0, top_k: 900, top_p: 0.8, ..GREEDY };
         let tensor = Tensor::from_slice(&device, Category::Workspace, &[1, vocabulary], &values).unwrap();
-        let mut cursor = Cursor::new(&device, &[None]).unwrap();
+        let mut cursor = Cursor::new(&device, &[MaskKind::default()]).unwrap();
         cursor.place(0, 0, 0, None).unwrap();
         sample(&tensor, &options, &cursor).unwrap();
         assert_eq!(cursor.chosen(0, 1).unwrap(), [choose(&values, None, 0, &options)], "kind {kind}");
@@ -105,7 +116,7 @@ fn logits_that_are_not_fit_are_told() {
         let mut values = vec![if bad.is_nan() { 1.0 } else { f32::NEG_INFINITY }; 3000];
         values[2500] = bad;
         let tensor = Tensor::from_slice(&device, Category::Workspace, &[1, 3000], &values).unwrap();
-        let mut cursor = Cursor::new(&device, &[None]).unwrap();
+        let mut cursor = Cursor::new(&device, &[MaskKind::default()]).unwrap();
         cursor.place(9, 0, 1023, None).unwrap();
         sample(&tensor, &options, &cursor).unwrap();
         assert_eq!(choose(&values, None, 1023, &options), None);
@@ -117,7 +128,7 @@ fn logits_that_are_not_fit_are_told() {
 #[test]
 fn more_tokens_than_are_remembered_are_refused() {
     let Some(device) = emulated(8) else { return };
-    let cursor = Cursor::new(&device, &[None]).unwrap();
+    let cursor = Cursor::new(&device, &[MaskKind::default()]).unwrap();
     assert!(cursor.chosen(0, Cursor::MOST_CHOSEN + 1).is_err());
-    assert!(Cursor::new(&Device::cpu(), &[None]).is_err());
+    assert!(Cursor::new(&Device::cpu(), &[MaskKind::default()]).is_err());
 }

@@ -1,0 +1,55 @@
+//! Columns of heads, divided and put together.
+
+use rayon::prelude::*;
+
+use super::simd::{Element, multiversion, with_element};
+use crate::tensor::Tensor;
+
+pub(super) fn copy_heads(source: &Tensor, target: &mut Tensor, firsts: [usize; 2], width: usize) {
+    let (token, out_token) = (token_width(source), token_width(target));
+    let (stride, out_stride, repeats) = (source.columns(), target.columns(), source.shape()[1] == 1);
+    if width == 0 || source.elements() == 0 || target.elements() == 0 {
+        return;
+    }
+    with_element!(source.dtype(), X => {
+        let tokens = source.as_slice::<X>().par_chunks_exact(token).with_min_len(16);
+        target.as_mut_slice::<X>().par_chunks_exact_mut(out_token).zip(tokens).for_each(|(out, token)| {
+            for (head, out) in out.chunks_exact_mut(out_stride).enumerate() {
+                let start = firsts[0] + if repeats { 0 } else { head * stride };
+                out[firsts[1]..][..width].copy_from_slice(&token[start..][..width]);
+            }
+        });
+    });
+}
+
+multiversion! {
+    fn sum_token<X: Element>(token: &[X], stride: usize, first: usize, sums: &mut [f32], out: &mut [X]) {
+        sums.fill(0.0);
+        for head in token.chunks_exact(stride) {
+            for (sum, value) in sums.iter_mut().zip(&head[first..]) {
+                *sum += value.widen();
+            }
+        }
+        for (value, &sum) in out.iter_mut().zip(sums.iter()) {
+            *value = X::narrow(sum);
+        }
+    }
+}
+
+pub(super) fn sum_heads(source: &Tensor, first: usize, target: &mut Tensor) {
+    let (token, stride, width) = (token_width(source), source.columns(), target.columns());
+    if source.elements() == 0 || target.elements() == 0 {
+        return;
+    }
+    with_element!(source.dtype(), X => {
+        let tokens = source.as_slice::<X>().par_chunks_exact(token).with_min_len(16);
+        target.as_mut_slice::<X>().par_chunks_exact_mut(width).zip(tokens).for_each_init(
+            || vec![0.0; width],
+            |sums, (out, token)| sum_token(token, stride, first, sums, out),
+        );
+    });
+}
+
+fn token_width(tensor: &Tensor) -> usize {
+    tensor.shape()[1..].iter().product()
+}

@@ -1,0 +1,48 @@
+//! Columns of heads, divided and put together.
+
+use super::Gpu;
+use super::launch::Kernel;
+use super::runtime::Argument;
+use crate::Tensor;
+
+impl Gpu {
+    pub(super) fn copy_head_columns(
+        &self,
+        source: &Tensor,
+        target: &mut Tensor,
+        firsts: [usize; 2],
+        width: usize,
+    ) {
+        let ([tokens, heads, out_stride], [_, given, stride]) = (sizes(target), sizes(source));
+        let stride = if given == 1 { 0 } else { stride };
+        let bytes = |first: usize| (first * source.dtype().bytes()) as u64;
+        let addresses = [source.address() + bytes(firsts[0]), target.address_mut() + bytes(firsts[1])];
+        let distances = [width, source.pitch(), stride, target.pitch(), out_stride];
+        let aligned = distances.iter().all(|distance| distance.is_multiple_of(8))
+            && addresses.iter().all(|address| address.is_multiple_of(16));
+        Kernel::new("heads", "copy_heads")
+            .element(source.dtype())
+            .aligned(aligned)
+            .arguments(&addresses.map(Argument::Address))
+            .sizes(&[heads])
+            .sizes(&distances)
+            .launch(self.runtime.as_ref(), [tokens, (heads * width).div_ceil(2048), 1], 256);
+    }
+
+    pub(super) fn sum_head_columns(&self, source: &Tensor, first: usize, target: &mut Tensor) {
+        let ([tokens, heads, stride], width) = (sizes(source), target.columns());
+        let address = source.address() + (first * source.dtype().bytes()) as u64;
+        Kernel::new("heads", "sum_heads")
+            .element(source.dtype())
+            .aligned(false)
+            .arguments(&[Argument::Address(address), (&mut *target).into()])
+            .sizes(&[heads, width, source.pitch(), stride, target.pitch()])
+            .launch(self.runtime.as_ref(), [tokens, width.div_ceil(256), 1], 256);
+    }
+}
+
+/// Tokens, heads and the width of a head.
+fn sizes(tensor: &Tensor) -> [usize; 3] {
+    let shape = tensor.shape();
+    [shape[0], shape[1], shape[2]]
+}

@@ -1,0 +1,116 @@
+//! Heads divided into parts and put together from parts.
+
+use crate::error::{Error, Result, expect_dtype, expect_shape};
+use crate::memory::Category;
+use crate::{Tape, Tensor, Var};
+
+/// Every head of x \[T, H, sum of widths\] divided into parts \[T, H, width\], in order, copied.
+///
+/// Parts that nobody used count as zero in the gradient of x. Bytes: x twice, forward and backward.
+///
+/// # Errors
+/// [`Error::Shape`] when x is not of that shape; out of memory.
+pub fn split_heads(tape: &Tape, x: &Var, widths: &[usize]) -> Result<Vec<Var>> {
+    let input = x.tensor();
+    let [tokens, heads] = tokens_and_heads(input);
+    let shape = [tokens, heads, total("split_heads", widths)?];
+    expect_shape("split_heads", "x", input.shape(), &shape)?;
+    let (device, dtype) = (input.device().clone(), input.dtype());
+    let mut first = 0;
+    let part = |&width: &usize| {
+        let shape = [tokens, heads, width];
+        let mut part = Tensor::scratch(&device, Category::Activations, dtype, &shape)?;
+        device.kernels().copy_heads(input, &mut part, [first, 0], width);
+        first += width;
+        Ok(part)
+    };
+    let parts = widths.iter().map(part).collect::<Result<Vec<_>>>()?;
+    let Some(input_slot) = x.slot() else { return Ok(parts.into_iter().map(Var::constant).collect()) };
+    let widths = widths.to_vec();
+    Ok(tape.push_all(parts, true, |slots| {
+        Box::new(move |gradients| {
+            let arrived: Vec<Option<Tensor>> = slots.iter().map(|&slot| gradients.take(slot)).collect();
+            if arrived.iter().all(Option::is_none) {
+                return Ok(());
+            }
+            let is_whole = arrived.iter().all(Option::is_some);
+            let create = if is_whole { Tensor::scratch } else { Tensor::zeros };
+            let mut d_x = create(&device, Category::Activations, dtype, &shape)?;
+            let mut first = 0;
+            for (gradient, width) in arrived.into_iter().zip(widths) {
+                if let Some(gradient) = gradient {
+                    let gradient = gradient.reshape(&[tokens, heads, width])?;
+                    device.kernels().copy_heads(&gradient, &mut d_x, [0, first], width);
+                }
+                first += width;
+            }
+            gradients.add(input_slot, d_x)
+        })
+    }))
+}
+
+/// Heads \[T, H, sum of E\] from parts \[T, H, E\], in order; a part \[T, 1, E\] is repeated for all heads, and its gradient is
+/// the sum over them, in their order and in f32.
+///
+/// Bytes: the result twice, forward and backward.
+///
+/// # Errors
+/// [`Error::Shape`] or [`Error::DType`] when a part is of another kind than the first; [`Error::Other`] for no parts; out of
+/// memory.
+pub fn join_heads(tape: &Tape, parts: &[&Var]) -> Result<Var> {
+    let Some(like) = parts.first().map(|part| part.tensor()) else {
+        return Err(Error::Other("join_heads: there are no parts".to_owned()));
+    };
+    let [tokens, _] = tokens_and_heads(like);
+    let heads = parts.iter().map(|part| tokens_and_heads(part.tensor())[1]).max().unwrap_or(1);
+    let mut widths = Vec::with_capacity(parts.len());
+    for part in parts {
+        let tensor = part.tensor();
+        let own = if tokens_and_heads(tensor)[1] == 1 { 1 } else { heads };
+        expect_shape("join_heads", "part", tensor.shape(), &[tokens, own, tensor.columns()])?;
+        expect_dtype("join_heads", "part", tensor.dtype(), like.dtype())?;
+        widths.push(tensor.columns());
+    }
+    let (device, dtype) = (like.device().clone(), like.dtype());
+    let shape = [tokens, heads, total("join_heads", &widths)?];
+    let mut out = Tensor::scratch(&device, Category::Activations, dtype, &shape)?;
+    let mut first = 0;
+    for part in parts {
+        let width = part.tensor().columns();
+        device.kernels().copy_heads(part.tensor(), &mut out, [0, first], width);
+        first += width;
+    }
+    let receivers: Vec<_> =
+        parts.iter().map(|part| (part.slot(), tokens_and_heads(part.tensor())[1])).collect();
+    let wanted = receivers.iter().any(|(slot, _)| slot.is_some());
+    Ok(tape.push(out, wanted, |slot| {
+        Box::new(move |gradients| {
+            let Some(d_out) = gradients.take(slot) else { return Ok(()) };
+            let d_out = d_out.reshape(&shape)?;
+            let mut first = 0;
+            for ((slot, own), width) in receivers.into_iter().zip(widths) {
+                if let Some(slot) = slot {
+                    let shape = [tokens, own, width];
+                    let mut gradient = Tensor::scratch(&device, Category::Activations, dtype, &shape)?;
+                    if own == heads {
+                        device.kernels().copy_heads(&d_out, &mut gradient, [first, 0], width);
+                    } else {
+                        device.kernels().sum_heads(&d_out, first, &mut gradient);
+                    }
+                    gradients.add(slot, gradient)?;
+                }
+                first += width;
+            }
+            Ok(())
+        })
+    }))
+}
+
+fn tokens_and_heads(tensor: &Tensor) -> [usize; 2] {
+    [0, 1].map(|index| tensor.shape().get(index).copied().unwrap_or(1))
+}
+
+fn total(operation: &'static str, widths: &[usize]) -> Result<usize> {
+    let sum = widths.iter().try_fold(0_usize, |sum, &width| sum.checked_add(width));
+    sum.ok_or_else(|| Error::Other(format!("{operation}: the widths {widths:?} have no sum")))
+}

@@ -1,0 +1,55 @@
+//! Gemma 3: as Gemma 2 without soft caps, with normed queries and keys, and rotations of their own for layers with a
+//! window. The text model of a multimodal folder is the same.
+
+use super::gemma2::{DEFAULTS, gemma};
+use super::{Defaults, Family, set_windows, sliding_layers};
+use crate::error::{Error, Result};
+use crate::models::config::Config;
+use crate::models::rope::{Rope, RopeKind};
+use crate::models::spec::{HeadNorm, Spec};
+
+pub(super) const TEXT: Family = Family { name: "Gemma 3, text", model_type: "gemma3_text", read: read_text };
+pub(super) const MULTIMODAL: Family =
+    Family { name: "Gemma 3, text part of multimodal models", model_type: "gemma3", read: read_multimodal };
+
+fn read_text(config: &Config) -> Result<Spec> {
+    let mut spec = read("gemma3_text", config)?;
+    spec.logit_softcap = config.nullable("final_logit_softcapping", None)?.map(|cap| cap as f32);
+    Ok(spec)
+}
+
+fn read_multimodal(config: &Config) -> Result<Spec> {
+    super::text_part(config, &["vision_config", "mm_tokens_per_image"], |text| {
+        // The whole has no cap on its logits, whatever its text part says.
+        text.get("final_logit_softcapping");
+        read("gemma3", text)
+    })
+}
+
+fn read(family: &'static str, config: &Config) -> Result<Spec> {
+    let defaults = Defaults { vocabulary: Some(262_208), context_length: 131_072, theta: 1e6, ..DEFAULTS };
+    let mut spec = gemma(family, config, &defaults)?;
+    // Stored, but no attention of this family reads it.
+    config.get("attn_logit_softcapping");
+    let every = config.optional_size("sliding_window_pattern")?.unwrap_or(6);
+    config.get("_sliding_window_pattern");
+    let sliding = sliding_layers(config, spec.layers.len(), |index| (index + 1) % every != 0)?;
+    set_windows(&mut spec, &sliding, Some(config.optional_size("sliding_window")?.unwrap_or(4096)));
+    let head_width = spec.layers.first().map_or(0, |layer| layer.attention.head_width);
+    let kind = |theta| RopeKind { width: head_width, theta, pairing: defaults.pairing, rotated_part: 1.0 };
+    let local = config.positive("rope_local_base_freq", 10_000.0)?;
+    if local <= 1.0 {
+        return Err(Error::Config(format!("`rope_local_base_freq` is {local}, it must be above one")));
+    }
+    let by_type = config.object("rope_parameters")?.is_some();
+    let rope = |layer_type| Rope::from_config(config, kind(1e6), Some(layer_type));
+    spec.ropes = match by_type {
+        true => vec![rope("full_attention")?, rope("sliding_attention")?],
+        false => vec![rope("full_attention")?, kind(local).plain()],
+    };
+    for (layer, sliding) in spec.layers.iter_mut().zip(sliding) {
+        layer.attention.head_norm = HeadNorm::Shared;
+        layer.attention.rope = Some(usize::from(sliding));
+    }
+    Ok(spec)
+}

@@ -1,0 +1,96 @@
+//! Qwen3-Next and Qwen 3.5: three layers of linear attention for each of full attention, whose result is gated.
+
+use pmetal_engine::device::NormWeight;
+
+use super::qwen_moe::sparse_layers;
+use super::{Defaults, Family, attention_biases, experts, plain, text_part};
+use crate::error::{Error, Result};
+use crate::models::config::Config;
+use crate::models::spec::{DeltaSpec, DenseSpec, HeadNorm, NormKind, SharedSpec, Spec};
+
+pub(super) const NEXT: Family = Family { name: "Qwen3-Next", model_type: "qwen3_next", read: read_next };
+pub(super) const TEXT: Family = Family {
+    name: "Qwen 3.5, text",
+    model_type: "qwen3_5_text",
+    read: |config| read_dense("qwen3_5_text", config),
+};
+pub(super) const MULTIMODAL: Family = Family {
+    name: "Qwen 3.5, text part of multimodal models",
+    model_type: "qwen3_5",
+    read: |config| {
+        let others = ["vision_config", "mtp_num_hidden_layers", "mtp_use_dedicated_embeddings"];
+        text_part(config, &others, |text| read_dense("qwen3_5", text))
+    },
+};
+
+fn read_next(config: &Config) -> Result<Spec> {
+    let mut spec = read("qwen3_next", config, true)?;
+    let mut part = experts(config, "num_experts", 512, 10)?;
+    let width = config.optional_size("shared_expert_intermediate_size")?.unwrap_or(512);
+    let activation = spec.activation();
+    let dense = DenseSpec { path: "mlp.shared_expert", width, activation, fused: false, bias: false };
+    part.shared = Some(SharedSpec { dense, gate: Some("mlp.shared_expert_gate") });
+    sparse_layers(&mut spec, config, part, true)?;
+    Ok(spec)
+}
+
+fn read_dense(family: &'static str, config: &Config) -> Result<Spec> {
+    let spec = read(family, config, false)?;
+    // Where experts would be, of which this family has none.
+    for name in
+        ["mlp_only_layers", "mtp_num_hidden_layers", "mtp_use_dedicated_embeddings", "mamba_ssm_dtype"]
+    {
+        config.get(name);
+    }
+    if !config.flag("attn_output_gate", true)? {
+        return Err(Error::Config("`attn_output_gate` is false, which is not computed".to_owned()));
+    }
+    Ok(spec)
+}
+
+fn read(family: &'static str, config: &Config, grouped: bool) -> Result<Spec> {
+    let defaults = Defaults {
+        head_width: Some(256),
+        context_length: 32_768,
+        rotated_part: 0.25,
+        key_value_heads: Some(if grouped { 2 } else { 4 }),
+        ..Defaults::LLAMA
+    };
+    let mut spec = plain(family, config, &defaults)?;
+    attention_biases(&mut spec, config, false)?;
+    spec.norm = NormKind::Rms(NormWeight::PlusOne);
+    // Their parts that predict further tokens are not computed.
+    spec.further_layers = 1;
+    let number =
+        |name: &str, default: usize| -> Result<usize> { Ok(config.optional_size(name)?.unwrap_or(default)) };
+    let delta = DeltaSpec {
+        key_heads: number("linear_num_key_heads", 16)?,
+        value_heads: number("linear_num_value_heads", 32)?,
+        key_width: number("linear_key_head_dim", 128)?,
+        value_width: number("linear_value_head_dim", 128)?,
+        taps: number("linear_conv_kernel_dim", 4)?,
+        grouped,
+    };
+    if !delta.value_heads.is_multiple_of(delta.key_heads) {
+        return Err(Error::Config(format!(
+            "`linear_num_value_heads` is {}, not a multiple of `linear_num_key_heads`, which is {}",
+            delta.value_heads, delta.key_heads
+        )));
+    }
+    let every = number("full_attention_interval", 4)?;
+    let kinds = config.layer_strings("layer_types", spec.layers.len())?;
+    for (index, layer) in spec.layers.iter_mut().enumerate() {
+        let linear = match kinds.as_ref().map(|kinds| kinds[index].as_str()) {
+            None => (index + 1) % every != 0,
+            Some("linear_attention") => true,
+            Some("full_attention") => false,
+            Some(other) => {
+                return Err(Error::Config(format!("`layer_types` holds `{other}` for layer {index}")));
+            }
+        };
+        layer.delta = linear.then_some(delta);
+        layer.attention.output_gate = true;
+        layer.attention.head_norm = HeadNorm::Shared;
+    }
+    Ok(spec)
+}
