@@ -50,6 +50,9 @@ const CASES: &[Case] = &[
     ("norms of queries and keys, each head its own", "cohere-qk-norm", |spec| {
         attention(spec, |a| a.head_norm = HeadNorm::None);
     }),
+    ("norms of queries and keys, all heads together", "olmo2", |spec| {
+        attention(spec, |a| a.head_norm = HeadNorm::None);
+    }),
     ("norms of queries and keys after the rotation", "llama4-text", |spec| {
         attention(spec, |a| a.head_norm = HeadNorm::None);
     }),
@@ -72,6 +75,9 @@ const CASES: &[Case] = &[
     ("the factor on scores", "granite", |spec| attention(spec, |a| a.scale = 1.0)),
     ("the norm after attention", "gemma2", |spec| {
         spec.layers.iter_mut().for_each(|layer| layer.norms.after_attention = None);
+    }),
+    ("the norm after the feed-forward part", "olmo2", |spec| {
+        spec.layers.iter_mut().for_each(|layer| layer.norms.after_feed_forward = None);
     }),
     ("renormalised weights of experts", "mixtral", |spec| experts(spec, |e| e.router.normalise = None)),
     ("weights of experts as they are", "qwen2-moe", |spec| experts(spec, |e| e.router.normalise = Some(0.0))),

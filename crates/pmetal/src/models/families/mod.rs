@@ -13,6 +13,7 @@ mod llama;
 mod llama4;
 mod mistral;
 mod mixtral;
+mod olmo2;
 mod phi3;
 mod qwen2;
 mod qwen3;
@@ -60,6 +61,7 @@ pub const FAMILIES: &[Family] = &[
     llama4::MULTIMODAL,
     mistral::FAMILY,
     mixtral::FAMILY,
+    olmo2::FAMILY,
     phi3::FAMILY,
     qwen2::FAMILY,
     qwen3::FAMILY,
