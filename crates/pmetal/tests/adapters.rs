@@ -247,6 +247,26 @@ fn a_merge_into_something_that_exists_is_refused() {
     assert!(fuse_refusal(folder.path(), &folder.path().join("adapter")).contains(CONFIG_FILE));
 }
 
+#[test]
+fn adapters_of_experts_are_written_as_peft_wrote_them() {
+    for name in
+        ["mixtral", "mixtral-window", "qwen3-moe-sparse-step", "gpt-oss", "llama4-text", "deepseek-v3"]
+    {
+        let folder = fixture(name);
+        let mut decoder = load(&folder).unwrap().decoder;
+        lora::load(&mut decoder, &folder.join("adapter"), true).unwrap();
+        let stored = read_tensors(&folder.join("adapter").join(WEIGHTS_FILE));
+        let written = lora::tensors(&decoder).unwrap();
+        assert!(!decoder.expert_linears().is_empty(), "{name}");
+        assert_eq!(written.len(), stored.len(), "{name}");
+        for (tensor, values) in written {
+            let wanted = &stored[&tensor];
+            let bytes: Vec<u8> = values.to_f32_vec().unwrap().iter().flat_map(|v| v.to_le_bytes()).collect();
+            assert_eq!((values.shape(), &bytes), (&wanted.shape[..], &wanted.bytes), "{name}: {tensor}");
+        }
+    }
+}
+
 /// Largest difference as a share of the second list's standard deviation.
 fn share(values: &[f32], wanted: &[f32]) -> f64 {
     assert_eq!(values.len(), wanted.len());

@@ -40,8 +40,8 @@ pub use linear::{Dropout, Linear, LinearOptions, Lora, linear, project};
 pub use linear_group::{LinearGroup, linear_group};
 pub use loss::{CrossEntropy, LOGIT_CHUNK_BYTES, Targets, linear_cross_entropy, logit_chunk_rows};
 pub use moe::{
-    Balance, ExpertLinear, ExpertLora, Routing, SumOptions, Weighting, combine, convert, expert_b_from_peft,
-    expert_b_to_peft, expert_linear, gate_rows, gated_pair, gather, route,
+    Balance, ExpertLinear, ExpertLora, Routing, SumOptions, Weighting, combine, convert, expert_linear,
+    gate_rows, gated_pair, gather, route,
 };
 pub use norm::{Spare, rms_norm, rms_norm_with_spare};
 pub use optimizer::{AdamWState, adamw, adamw_step, global_norm, sum_of_squares};

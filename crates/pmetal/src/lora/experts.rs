@@ -298,3 +298,25 @@ pub(super) fn tensors(decoder: &Decoder) -> Result<Vec<(String, Tensor)>> {
     };
     attached(decoder).into_iter().map(stored).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn adapters_of_peft_are_ordered_by_rank_and_then_by_expert() {
+        let [experts, features, rank] = [3, 4, 2];
+        let half = Half {
+            name: String::new(),
+            half: LoraHalf::B,
+            sizes: [experts, rank, features],
+            rank_first: false,
+        };
+        // The number at row n and column r X + x.
+        let file: Vec<f32> = (0..experts * features * rank).map(|index| index as f32).collect();
+        let own = half.to_engine(&file);
+        let (x, n, r) = (2, 3, 1);
+        assert_eq!(own[(x * features + n) * rank + r], (n * rank * experts + r * experts + x) as f32);
+        assert_eq!(half.to_file(&own), file);
+    }
+}

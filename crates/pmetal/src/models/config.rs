@@ -133,6 +133,11 @@ impl Config {
         self.fields.get(name).filter(|value| !value.is_null())
     }
 
+    /// Marks fields as looked at whose values change nothing.
+    pub fn pass_over(&self, names: &[&str]) {
+        self.seen.borrow_mut().extend(names.iter().map(|&name| name.to_owned()));
+    }
+
     /// Whether the file has the field, null included.
     pub fn has(&self, name: &str) -> bool {
         self.seen.borrow_mut().insert(name.to_owned());
@@ -257,16 +262,19 @@ impl Config {
             .transpose()
     }
 
+    fn list(&self, name: &str) -> Result<Option<&[Value]>> {
+        let Some(value) = self.get(name) else { return Ok(None) };
+        let list = value.as_array().ok_or_else(|| wrong(name, value, "a list"))?;
+        Ok(Some(list))
+    }
+
     /// One entry per layer from a list of strings, `None` when absent.
     ///
     /// # Errors
     /// [`Error::Config`] when the list has another length or holds something else.
     pub fn layer_strings(&self, name: &str, layers: usize) -> Result<Option<Vec<String>>> {
-        let Some(value) = self.get(name) else { return Ok(None) };
-        let list = value.as_array().ok_or_else(|| wrong(name, value, "a list"))?;
-        if list.len() != layers {
-            return Err(Error::Config(format!("`{name}` has {} entries for {layers} layers", list.len())));
-        }
+        let Some(list) = self.list(name)? else { return Ok(None) };
+        check_length(name, list, layers)?;
         let strings = list.iter().map(|entry| {
             entry.as_str().map(str::to_owned).ok_or_else(|| wrong(name, entry, "a list of strings"))
         });
@@ -278,14 +286,8 @@ impl Config {
     /// # Errors
     /// [`Error::Config`] when the list has another length or holds something else.
     pub fn layer_flags(&self, name: &str, layers: usize) -> Result<Option<Vec<bool>>> {
-        let Some(value) = self.get(name) else { return Ok(None) };
-        let list = value.as_array().ok_or_else(|| wrong(name, value, "a list"))?;
-        if list.is_empty() {
-            return Ok(None);
-        }
-        if list.len() != layers {
-            return Err(Error::Config(format!("`{name}` has {} entries for {layers} layers", list.len())));
-        }
+        let Some(list) = self.list(name)?.filter(|list| !list.is_empty()) else { return Ok(None) };
+        check_length(name, list, layers)?;
         let flags = list.iter().map(|entry| match (entry.as_u64(), entry.as_bool()) {
             (Some(0), _) | (_, Some(false)) => Ok(false),
             (Some(1), _) | (_, Some(true)) => Ok(true),
@@ -299,8 +301,7 @@ impl Config {
     /// # Errors
     /// [`Error::Config`] when the field holds anything else than whole numbers.
     pub fn layer_numbers(&self, name: &str, layers: usize) -> Result<Option<Vec<usize>>> {
-        let Some(value) = self.get(name) else { return Ok(None) };
-        let list = value.as_array().ok_or_else(|| wrong(name, value, "a list"))?;
+        let Some(list) = self.list(name)? else { return Ok(None) };
         let numbers = list.iter().map(|entry| {
             let number = entry.as_u64().and_then(|number| usize::try_from(number).ok());
             number.ok_or_else(|| wrong(name, entry, "a list of whole numbers"))
@@ -376,6 +377,13 @@ fn kind(value: &Value) -> &'static str {
         Value::Array(_) => "a list",
         Value::Object(_) => "an object",
     }
+}
+
+fn check_length(name: &str, list: &[Value], layers: usize) -> Result<()> {
+    if list.len() == layers {
+        return Ok(());
+    }
+    Err(Error::Config(format!("`{name}` has {} entries for {layers} layers", list.len())))
 }
 
 fn missing(name: &str) -> Error {

@@ -348,9 +348,12 @@ impl Rope {
 /// Refuses fields of a rotary embedding that nothing looked at. What differs by layer type is checked where it is read.
 fn check_unread(fields: &Config, layer_type: Option<&str>) -> Result<()> {
     // Said of the training, of other rope types, or of positions with several axes, which are one axis for text.
-    for name in ["finetuned", "mrope_section", "mrope_interleaved", "original_max_position_embeddings"] {
-        fields.get(name);
-    }
+    fields.pass_over(&[
+        "finetuned",
+        "mrope_section",
+        "mrope_interleaved",
+        "original_max_position_embeddings",
+    ]);
     let by_type = layer_type.is_none() && fields.names().any(|name| name.ends_with("_attention"));
     if by_type { Ok(()) } else { fields.check_unread() }
 }

@@ -25,26 +25,12 @@ pub struct ExpertLinear {
 /// A low-rank adapter of each expert.
 #[derive(Debug, Clone)]
 pub struct ExpertLora {
-    /// A \[X, R, D\]: `lora_A.weight` \[R X, D\] of PEFT's `target_parameters` as it lies.
+    /// A \[X, R, D\].
     pub a: Weight,
-    /// B \[X, N, R\]: see [`expert_b_from_peft`].
+    /// B \[X, N, R\].
     pub b: Weight,
     /// s: alpha / R, or alpha / sqrt(R).
     pub scale: f32,
-}
-
-/// B \[X, N, R\] of PEFT's `lora_B.weight` \[N, R X\], whose columns are ordered by rank and within a rank by expert.
-pub fn expert_b_from_peft(values: &[f32], [experts, features, rank]: [usize; 3]) -> Vec<f32> {
-    let places =
-        (0..experts).flat_map(|x| (0..features).flat_map(move |n| (0..rank).map(move |r| (x, n, r))));
-    places.map(|(x, n, r)| values[(n * rank + r) * experts + x]).collect()
-}
-
-/// The inverse of [`expert_b_from_peft`].
-pub fn expert_b_to_peft(values: &[f32], [experts, features, rank]: [usize; 3]) -> Vec<f32> {
-    let places =
-        (0..features).flat_map(|n| (0..rank).flat_map(move |r| (0..experts).map(move |x| (x, n, r))));
-    places.map(|(x, n, r)| values[(x * features + n) * rank + r]).collect()
 }
 
 /// Rows of experts x \[P, D\] through their layers, \[P, N\] in the type of x.

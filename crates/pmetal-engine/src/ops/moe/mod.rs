@@ -9,7 +9,7 @@ mod pair;
 mod rows;
 
 pub use balance::Balance;
-pub use linear::{ExpertLinear, ExpertLora, expert_b_from_peft, expert_b_to_peft, expert_linear};
+pub use linear::{ExpertLinear, ExpertLora, expert_linear};
 pub use pair::gated_pair;
 pub use rows::{SumOptions, Weighting, combine, convert, gate_rows, gather};
 

@@ -35,7 +35,7 @@ fn read_second(config: &Config) -> Result<Spec> {
     let mut spec = read("cohere2", config, &Defaults { theta: 10_000.0, ..DEFAULTS })?;
     let every = config.optional_size("sliding_window_pattern")?.unwrap_or(4);
     // Old files describe the same in fields that nobody reads.
-    for name in [
+    config.pass_over(&[
         "layer_switch",
         "order_of_interleaved_layers",
         "position_embedding_type",
@@ -45,9 +45,7 @@ fn read_second(config: &Config) -> Result<Spec> {
         "use_parallel_block",
         "use_parallel_embedding",
         "_sliding_window_pattern",
-    ] {
-        config.get(name);
-    }
+    ]);
     if config.has("sliding_window") && config.get("sliding_window").is_none() {
         return Err(Error::Config("`sliding_window` is null, model type cohere2 needs one".to_owned()));
     }

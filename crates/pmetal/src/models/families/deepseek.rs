@@ -3,16 +3,20 @@
 use pmetal_engine::device::RopePairing;
 use pmetal_engine::ops::{Gate, Groups};
 
-use super::{Defaults, Family, attention_biases, experts, plain};
+use super::{Defaults, Family, attention_biases, experts, layers_of_kind, plain, shared_expert};
 use crate::error::{Error, Result};
 use crate::models::config::Config;
 use crate::models::rope::{Rope, RopeKind, RopeScaling};
-use crate::models::spec::{DenseSpec, FeedForwardSpec, LatentSpec, Projection, SharedSpec, Spec};
+use crate::models::spec::{FeedForwardSpec, LatentSpec, Projection, Spec};
 
-pub(super) const V3: Family =
-    Family { name: "DeepSeek V3, R1", model_type: "deepseek_v3", read: |config| read("deepseek_v3", config) };
+pub(super) const V3: Family = Family {
+    name: "DeepSeek V3, R1",
+    model_type: "deepseek_v3",
+    read: |config| read("deepseek_v3", config, None),
+};
 
-pub(super) fn read(family: &'static str, config: &Config) -> Result<Spec> {
+/// A model whose sparse layers a list of the given field may name.
+pub(super) fn read(family: &'static str, config: &Config, kinds_field: Option<&str>) -> Result<Spec> {
     let unturned = config.optional_size("qk_nope_head_dim")?.unwrap_or(128);
     let turned = config.optional_size("qk_rope_head_dim")?.unwrap_or(64);
     // What transformers writes there is the width of the rotation, which has a field of its own.
@@ -47,31 +51,25 @@ pub(super) fn read(family: &'static str, config: &Config) -> Result<Spec> {
     }
     part.router.groups = Some(Groups { count, chosen });
     let width = part.width * config.optional_size("n_shared_experts")?.unwrap_or(1);
-    let activation = spec.activation();
-    let dense = DenseSpec { path: "mlp.shared_experts", width, activation, fused: false, bias: false };
-    part.shared = Some(SharedSpec { dense, gate: None });
+    part.shared = Some(shared_expert(&spec, "mlp.shared_experts", width, None));
     // Constants of the family, which its code does not read.
-    for name in ["moe_layer_freq", "scoring_func", "topk_method", "ep_size", "aux_loss_alpha", "seq_aux"] {
-        config.get(name);
-    }
+    config.pass_over(&[
+        "moe_layer_freq",
+        "scoring_func",
+        "topk_method",
+        "ep_size",
+        "aux_loss_alpha",
+        "seq_aux",
+    ]);
     spec.further_layers = config.optional_count("num_nextn_predict_layers")?.unwrap_or(1);
     let dense = config.optional_count("first_k_dense_replace")?.unwrap_or(3);
-    let kinds = match family {
-        "deepseek_v32" => config.layer_strings("mlp_layer_types", spec.layers.len())?,
-        _ => None,
+    let layers = spec.layers.len();
+    let sparse = match kinds_field {
+        Some(field) => layers_of_kind(config, field, ["sparse", "dense"], layers, |index| index >= dense)?,
+        None => (0..layers).map(|index| index >= dense).collect(),
     };
-    for (index, layer) in spec.layers.iter_mut().enumerate() {
-        let sparse = match kinds.as_ref().map(|kinds| kinds[index].as_str()) {
-            None => index >= dense,
-            Some("sparse") => true,
-            Some("dense") => false,
-            Some(other) => {
-                return Err(Error::Config(format!("`mlp_layer_types` holds `{other}` for layer {index}")));
-            }
-        };
-        if sparse {
-            layer.feed_forward = FeedForwardSpec::Experts(Box::new(part.clone()));
-        }
+    for (layer, _) in spec.layers.iter_mut().zip(sparse).filter(|(_, sparse)| *sparse) {
+        layer.feed_forward = FeedForwardSpec::Experts(Box::new(part.clone()));
     }
     Ok(spec)
 }

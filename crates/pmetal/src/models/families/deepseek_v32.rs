@@ -11,11 +11,9 @@ pub(super) const FAMILY: Family = Family { name: "DeepSeek V3.2", model_type: "d
 
 fn read(config: &Config) -> Result<Spec> {
     // The rotation of attention is always that of neighbours, and every layer is of one kind.
-    for name in ["rope_interleave", "layer_types"] {
-        config.get(name);
-    }
+    config.pass_over(&["rope_interleave", "layer_types"]);
     refuse(config, "mlp_bias")?;
-    let mut spec = deepseek::read("deepseek_v32", config)?;
+    let mut spec = deepseek::read("deepseek_v32", config, Some("mlp_layer_types"))?;
     if !config.has("max_position_embeddings") {
         spec.context_length = 163_840;
     }

@@ -47,9 +47,7 @@ fn read(config: &Config) -> Result<Spec> {
     (part.transposed, part.bias) = (true, true);
     part.balance = balance_factor(config, 0.9)?;
     // What others say by other names.
-    for name in ["initial_context_length", "experts_per_token"] {
-        config.get(name);
-    }
+    config.pass_over(&["initial_context_length", "experts_per_token"]);
     for layer in &mut spec.layers {
         layer.attention.sinks = true;
         layer.feed_forward = FeedForwardSpec::Experts(Box::new(part.clone()));

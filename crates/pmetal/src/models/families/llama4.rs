@@ -4,11 +4,14 @@
 use pmetal_engine::device::RopePairing;
 use pmetal_engine::ops::{Gate, Weighting};
 
-use super::{Defaults, Family, attention_biases, balance_factor, change_dense, experts, plain, text_part};
-use crate::error::{Error, Result};
+use super::{
+    Defaults, Family, attention_biases, balance_factor, change_dense, experts, layers_of_kind, plain,
+    shared_expert, text_part,
+};
+use crate::error::Result;
 use crate::models::config::Config;
 use crate::models::rope::{Rope, RopeScaling};
-use crate::models::spec::{DenseSpec, FeedForwardSpec, HeadNorm, SharedSpec, Spec};
+use crate::models::spec::{FeedForwardSpec, HeadNorm, Spec};
 
 pub(super) const TEXT: Family =
     Family { name: "Llama 4, text", model_type: "llama4_text", read: |config| read("llama4_text", config) };
@@ -49,10 +52,7 @@ fn read(family: &'static str, config: &Config) -> Result<Spec> {
     (part.width, part.weighting) = (width, Weighting::Input);
     (part.transposed, part.swapped_adapters) = (true, true);
     part.router.gate = Gate::Sigmoid;
-    let activation = spec.activation();
-    let dense =
-        DenseSpec { path: "feed_forward.shared_expert", width, activation, fused: false, bias: false };
-    part.shared = Some(SharedSpec { dense, gate: None });
+    part.shared = Some(shared_expert(&spec, "feed_forward.shared_expert", width, None));
     part.balance = balance_factor(config, 0.001)?;
     config.get("router_jitter_noise");
     let layers = spec.layers.len();
@@ -72,7 +72,6 @@ fn set_attention(spec: &mut Spec, config: &Config) -> Result<()> {
     let every = config.optional_size("no_rope_layer_interval")?.unwrap_or(4);
     let turned = config.layer_flags("no_rope_layers", layers)?;
     let chunk = config.optional_size("attention_chunk_size")?.unwrap_or(8192);
-    let kinds = config.layer_strings("layer_types", layers)?;
     let norm = config.flag("use_qk_norm", true)?;
     let tuned = config.flag("attn_temperature_tuning", true)?;
     // Old files count its levels, of which there are four for nobody.
@@ -82,18 +81,12 @@ fn set_attention(spec: &mut Spec, config: &Config) -> Result<()> {
     let scaling = RopeScaling::Temperature { floor, scale };
     let pairing = RopePairing::Halves;
     spec.ropes = vec![rope, Rope { theta: 1.0, rotated_width: head_width, pairing, scaling }];
-    for (index, layer) in spec.layers.iter_mut().enumerate() {
-        // The name is the opposite of what the numbers say: 1 is a layer with a rotation.
-        let turns = turned.as_ref().map_or((index + 1) % every != 0, |turned| turned[index]);
+    // The name is the opposite of what the numbers say: 1 is a layer with a rotation.
+    let turned = turned.unwrap_or_else(|| (1..=layers).map(|number| number % every != 0).collect());
+    let kinds = ["chunked_attention", "full_attention"];
+    let chunked = layers_of_kind(config, "layer_types", kinds, layers, |index| turned[index])?;
+    for ((layer, turns), chunked) in spec.layers.iter_mut().zip(turned).zip(chunked) {
         let attention = &mut layer.attention;
-        let chunked = match kinds.as_ref().map(|kinds| kinds[index].as_str()) {
-            None => turns,
-            Some("chunked_attention") => true,
-            Some("full_attention") => false,
-            Some(other) => {
-                return Err(Error::Config(format!("`layer_types` holds `{other}` for layer {index}")));
-            }
-        };
         attention.mask.chunk = chunked.then_some(chunk);
         attention.rope = turns.then_some(0);
         attention.temperature = (!turns && tuned).then_some(1);

@@ -29,7 +29,7 @@ use super::config::Config;
 use super::rope::{Rope, RopeKind};
 use super::spec::{
     AttentionSpec, DenseSpec, ExpertsSpec, FeedForwardSpec, HeadNorm, LayerNorms, LayerSpec, NormKind,
-    Projection, Spec,
+    Projection, SharedSpec, Spec,
 };
 use crate::error::{Error, Result};
 
@@ -254,17 +254,34 @@ fn attention_biases(spec: &mut Spec, config: &Config, default: bool) -> Result<(
     Ok(())
 }
 
-/// Whether each layer has a sliding window: `layer_types`, or what the family does where the file does not say.
-fn sliding_layers(config: &Config, layers: usize, default: impl Fn(usize) -> bool) -> Result<Vec<bool>> {
-    let Some(kinds) = config.layer_strings("layer_types", layers)? else {
+/// Whether each layer is of the first of two kinds: as a list of the file says, or what the family does without it.
+fn layers_of_kind(
+    config: &Config,
+    field: &str,
+    [kind, other_kind]: [&str; 2],
+    layers: usize,
+    default: impl Fn(usize) -> bool,
+) -> Result<Vec<bool>> {
+    let Some(kinds) = config.layer_strings(field, layers)? else {
         return Ok((0..layers).map(default).collect());
     };
-    let each = kinds.iter().enumerate().map(|(index, kind)| match kind.as_str() {
-        "sliding_attention" => Ok(true),
-        "full_attention" => Ok(false),
-        other => Err(Error::Config(format!("`layer_types` holds `{other}` for layer {index}"))),
+    let each = kinds.iter().enumerate().map(|(index, held)| match held {
+        held if held == kind => Ok(true),
+        held if held == other_kind => Ok(false),
+        held => Err(Error::Config(format!("`{field}` holds `{held}` for layer {index}"))),
     });
     each.collect()
+}
+
+/// Whether each layer has a sliding window: `layer_types`, or what the family does where the file does not say.
+fn sliding_layers(config: &Config, layers: usize, default: impl Fn(usize) -> bool) -> Result<Vec<bool>> {
+    layers_of_kind(config, "layer_types", ["sliding_attention", "full_attention"], layers, default)
+}
+
+/// An expert for all tokens, like the dense layers of the model but for its width.
+fn shared_expert(spec: &Spec, path: &'static str, width: usize, gate: Option<&'static str>) -> SharedSpec {
+    let dense = DenseSpec { path, width, activation: spec.activation(), fused: false, bias: false };
+    SharedSpec { dense, gate }
 }
 
 /// Changes the feed-forward part of every layer that has no experts.

@@ -15,9 +15,7 @@ fn read(config: &Config) -> Result<Spec> {
     let window = config.optional_size("sliding_window")?;
     config.get("original_max_position_embeddings");
     // Written by the makers of Phi-4-mini, read by nobody.
-    for name in ["full_attn_mod", "interpolate_factor"] {
-        config.get(name);
-    }
+    config.pass_over(&["full_attn_mod", "interpolate_factor"]);
     for layer in &mut spec.layers {
         layer.attention.mask.window = window;
         layer.attention.projection = Projection::Fused;

@@ -3,10 +3,10 @@
 use pmetal_engine::device::NormWeight;
 
 use super::qwen_moe::sparse_layers;
-use super::{Defaults, Family, attention_biases, experts, plain, text_part};
+use super::{Defaults, Family, attention_biases, experts, layers_of_kind, plain, shared_expert, text_part};
 use crate::error::{Error, Result};
 use crate::models::config::Config;
-use crate::models::spec::{DeltaSpec, DenseSpec, HeadNorm, NormKind, SharedSpec, Spec};
+use crate::models::spec::{DeltaSpec, HeadNorm, NormKind, Spec};
 
 pub(super) const NEXT: Family = Family { name: "Qwen3-Next", model_type: "qwen3_next", read: read_next };
 pub(super) const TEXT: Family = Family {
@@ -27,9 +27,7 @@ fn read_next(config: &Config) -> Result<Spec> {
     let mut spec = read("qwen3_next", config, true)?;
     let mut part = experts(config, "num_experts", 512, 10)?;
     let width = config.optional_size("shared_expert_intermediate_size")?.unwrap_or(512);
-    let activation = spec.activation();
-    let dense = DenseSpec { path: "mlp.shared_expert", width, activation, fused: false, bias: false };
-    part.shared = Some(SharedSpec { dense, gate: Some("mlp.shared_expert_gate") });
+    part.shared = Some(shared_expert(&spec, "mlp.shared_expert", width, Some("mlp.shared_expert_gate")));
     sparse_layers(&mut spec, config, part, true)?;
     Ok(spec)
 }
@@ -37,11 +35,12 @@ fn read_next(config: &Config) -> Result<Spec> {
 fn read_dense(family: &'static str, config: &Config) -> Result<Spec> {
     let spec = read(family, config, false)?;
     // Where experts would be, of which this family has none.
-    for name in
-        ["mlp_only_layers", "mtp_num_hidden_layers", "mtp_use_dedicated_embeddings", "mamba_ssm_dtype"]
-    {
-        config.get(name);
-    }
+    config.pass_over(&[
+        "mlp_only_layers",
+        "mtp_num_hidden_layers",
+        "mtp_use_dedicated_embeddings",
+        "mamba_ssm_dtype",
+    ]);
     if !config.flag("attn_output_gate", true)? {
         return Err(Error::Config("`attn_output_gate` is false, which is not computed".to_owned()));
     }
@@ -78,16 +77,10 @@ fn read(family: &'static str, config: &Config, grouped: bool) -> Result<Spec> {
         )));
     }
     let every = number("full_attention_interval", 4)?;
-    let kinds = config.layer_strings("layer_types", spec.layers.len())?;
-    for (index, layer) in spec.layers.iter_mut().enumerate() {
-        let linear = match kinds.as_ref().map(|kinds| kinds[index].as_str()) {
-            None => (index + 1) % every != 0,
-            Some("linear_attention") => true,
-            Some("full_attention") => false,
-            Some(other) => {
-                return Err(Error::Config(format!("`layer_types` holds `{other}` for layer {index}")));
-            }
-        };
+    let kinds = ["linear_attention", "full_attention"];
+    let is_linear = |index: usize| !(index + 1).is_multiple_of(every);
+    let linear = layers_of_kind(config, "layer_types", kinds, spec.layers.len(), is_linear)?;
+    for (layer, linear) in spec.layers.iter_mut().zip(linear) {
         layer.delta = linear.then_some(delta);
         layer.attention.output_gate = true;
         layer.attention.head_norm = HeadNorm::Shared;

@@ -1,11 +1,12 @@
 //! Qwen 2 MoE and Qwen 3 MoE: Qwen with experts in some layers or all.
 
 use super::{
-    Defaults, Family, attention_biases, balance_factor, experts, plain, set_windows, sliding_layers,
+    Defaults, Family, attention_biases, balance_factor, experts, plain, set_windows, shared_expert,
+    sliding_layers,
 };
 use crate::error::Result;
 use crate::models::config::Config;
-use crate::models::spec::{DenseSpec, ExpertsSpec, FeedForwardSpec, HeadNorm, SharedSpec, Spec};
+use crate::models::spec::{ExpertsSpec, FeedForwardSpec, HeadNorm, Spec};
 
 pub(super) const SECOND: Family =
     Family { name: "Qwen 1.5 and 2, mixtures of experts", model_type: "qwen2_moe", read: read_second };
@@ -24,9 +25,7 @@ fn read_second(config: &Config) -> Result<Spec> {
     set_windows(&mut spec, &sliding, Some(window));
     let mut part = experts(config, "num_experts", 60, 4)?;
     let width = config.optional_size("shared_expert_intermediate_size")?.unwrap_or(5632);
-    let activation = spec.activation();
-    let dense = DenseSpec { path: "mlp.shared_expert", width, activation, fused: false, bias: false };
-    part.shared = Some(SharedSpec { dense, gate: Some("mlp.shared_expert_gate") });
+    part.shared = Some(shared_expert(&spec, "mlp.shared_expert", width, Some("mlp.shared_expert_gate")));
     sparse_layers(&mut spec, config, part, false)?;
     Ok(spec)
 }

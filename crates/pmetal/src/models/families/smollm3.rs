@@ -21,9 +21,7 @@ fn read(config: &Config) -> Result<Spec> {
     attention_biases(&mut spec, config, false)?;
     let bias = config.flag("mlp_bias", false)?;
     // Copied from other families, read by nobody.
-    for name in ["max_window_layers", "pretraining_tp"] {
-        config.get(name);
-    }
+    config.pass_over(&["max_window_layers", "pretraining_tp"]);
     let every = config.optional_size("no_rope_layer_interval")?.unwrap_or(4);
     // The name is the opposite of what the numbers say: 1 is a layer with a rotation.
     let listed = config.layer_flags("no_rope_layers", spec.layers.len())?;

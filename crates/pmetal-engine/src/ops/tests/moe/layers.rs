@@ -271,14 +271,3 @@ fn layers_of_other_sizes_are_refused() {
         assert!(ops::expert_linear(&Tape::off(), &x, &wrong, &routing).is_err(), "{wrong:?}");
     }
 }
-
-#[test]
-fn adapters_of_peft_are_ordered_by_rank_and_then_by_expert() {
-    let [experts, features, rank] = [3, 4, 2];
-    // The number at row n and column r X + x.
-    let file: Vec<f32> = (0..experts * features * rank).map(|index| index as f32).collect();
-    let own = ops::expert_b_from_peft(&file, [experts, features, rank]);
-    let (x, n, r) = (2, 3, 1);
-    assert_eq!(own[(x * features + n) * rank + r], (n * rank * experts + r * experts + x) as f32);
-    assert_eq!(ops::expert_b_to_peft(&own, [experts, features, rank]), file);
-}
