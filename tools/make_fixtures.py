@@ -4,6 +4,7 @@
     tools/make_fixtures.py                 write every case of fixture_cases.py under fixtures/, and fixtures.sha256 beside this file
     tools/make_fixtures.py NAME...         write these cases alone, keeping the sums of the others
     tools/make_fixtures.py --check         regenerate into a scratch folder and compare with what is committed
+    tools/make_fixtures.py --edits FILE    write the edits of configs that every case was checked with, for the tests to repeat
 
 The reference reads the files that were written, in f32 on the CPU with eager attention. A case is refused when its
 numbers could not catch a bug: a tensor or a named config field that does not move the logits, logits of a standard
@@ -641,6 +642,17 @@ def check_config_edits(case, folder, batch, numbers, spread):
             raise Refused(f"the edit {edits} moves the logits by {effect:.1e} of their spread")
 
 
+def write_edits(path):
+    """The edits of all cases: a field's path with its new value, or without one where the field is removed."""
+    def listed(edits):
+        return [{"field": field} | ({} if value is DROP else {"value": value}) for field, value in edits]
+
+    cases = {case.name: {"matters": [listed(edits) for edits in case.matters],
+                         "ignored": [listed(edits) for edits in case.ignored]} for case in CASES}
+    lines = [f"{json.dumps(name)}: {json.dumps(edits)}" for name, edits in cases.items()]
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
 def folder_bytes(folder):
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
@@ -736,7 +748,11 @@ def main():
     parser.add_argument("--out", type=Path, default=ROOT / "fixtures")
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--edits", type=Path, metavar="FILE")
     arguments = parser.parse_args()
+    if arguments.edits:
+        write_edits(arguments.edits)
+        return
     unknown = set(arguments.names) - {case.name for case in CASES}
     if unknown:
         parser.error(f"no such case: {', '.join(sorted(unknown))}")
