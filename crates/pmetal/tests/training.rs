@@ -14,11 +14,7 @@ use pmetal::lora;
 use pmetal::models::loader::{self, LoadOptions};
 use pmetal::models::{Decoder, Forward, TokenRun};
 use pmetal::trainer::learner::{Learner, MicroBatch, OptimizerSettings};
-
-/// Fixtures whose attention or rotation could let documents mix: full, windows of three families, rotations that
-/// depend on the document's length.
-const MODELS: [&str; 6] =
-    ["llama2", "mistral-window", "qwen2-window", "qwen3-window", "llama-rope-longrope", "llama-rope-dynamic"];
+use rayon::prelude::*;
 
 /// Makes tests `NAME::cpu`, `NAME::emulator` (GPU kernels on the host) and `NAME::cuda` of functions that take a device.
 /// What is not there is said past the test runner, which keeps what tests that pass have printed.
@@ -60,9 +56,30 @@ fn skipped(test: &str, device: &str, reason: &str) {
     std::io::stderr().write_all(line.as_bytes()).unwrap();
 }
 
-/// The emulator has time for two models: one that sees all keys, and one with windows and norms of heads.
-fn models(device: &Device) -> &'static [&'static str] {
-    if device.name() == "emulator" { &["llama2", "qwen3-window"] } else { &MODELS }
+/// Every fixture; the emulator has time for some: all keys, windows and norms of heads, a choice of keys, experts, and
+/// states that go from token to token.
+fn models(device: &Device) -> Vec<String> {
+    if device.name() == "emulator" {
+        return ["llama2", "qwen3-window", "deepseek-v32", "qwen3-next"].map(str::to_owned).to_vec();
+    }
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures");
+    let names =
+        std::fs::read_dir(root).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    let mut names: Vec<String> = names.collect();
+    names.sort();
+    names
+}
+
+/// Calls a test with each model in each type; a processor's cores share them.
+fn for_every_model(device: &Device, test: impl Fn(&str, DType) + Sync) {
+    let cases =
+        models(device).into_iter().flat_map(|name| types(device).iter().map(move |&t| (name.clone(), t)));
+    let cases: Vec<(String, DType)> = cases.collect();
+    if device.is_host() {
+        cases.par_iter().for_each(|(name, dtype)| test(name, *dtype));
+    } else {
+        cases.iter().for_each(|(name, dtype)| test(name, *dtype));
+    }
 }
 
 /// On a GPU also bf16, whose attention runs on its matrix units.
@@ -175,8 +192,7 @@ fn a_mean_of_means_would_be_another_loss() {
 }
 
 fn packed_rows_train_as_if_each_were_alone(device: &Device) {
-    for (name, &dtype) in models(device).iter().flat_map(|name| types(device).iter().map(move |t| (name, t)))
-    {
+    for_every_model(device, |name, dtype| {
         let rows = rows();
         let gradients =
             |batches: &[MicroBatch]| gradients_of(decoder_on(device, dtype, name, false), batches);
@@ -193,12 +209,11 @@ fn packed_rows_train_as_if_each_were_alone(device: &Device) {
             let error = relative_error(&actual, &expected);
             assert!(error <= of_gradients, "{what}: gradients differ by {error:.2e}");
         }
-    }
+    });
 }
 
 fn a_document_does_not_see_the_others(device: &Device) {
-    for (name, &dtype) in models(device).iter().flat_map(|name| types(device).iter().map(move |t| (name, t)))
-    {
+    for_every_model(device, |name, dtype| {
         let decoder = decoder_on(device, dtype, name, false);
         let logits = |rows: &[Row]| {
             let states = decoder.hidden(&Tape::off(), &packed(rows).run, Forward::default()).unwrap();
@@ -224,12 +239,12 @@ fn a_document_does_not_see_the_others(device: &Device) {
             }
             start = end;
         }
-    }
+    });
 }
 
 #[test]
 fn recomputed_activations_give_the_same_bits() {
-    for name in ["llama2", "qwen3-window"] {
+    for_every_model(&Device::cpu(), |name, _| {
         let states: Vec<Vec<(String, Vec<u32>)>> = LEVELS
             .into_iter()
             .map(|recompute| {
@@ -251,7 +266,7 @@ fn recomputed_activations_give_the_same_bits() {
             })
             .collect();
         assert!(states[0] == states[1] && states[0] == states[2], "{name}");
-    }
+    });
 }
 
 /// Without learning anything, only the masks of dropout change from step to step.
@@ -482,7 +497,7 @@ fn cross_entropy_and_its_gradient_are_those_of_pytorch() {
 #[test]
 fn layers_that_are_read_one_by_one_give_the_loss_of_the_whole_model() {
     let batch = packed(&rows());
-    for name in MODELS {
+    for_every_model(&Device::cpu(), |name, _| {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures").join(name);
         let (checkpoint, config) = loader::open(&folder).unwrap();
         let options = LoadOptions { dtype: DType::F32, train_all: false };
@@ -498,5 +513,5 @@ fn layers_that_are_read_one_by_one_give_the_loss_of_the_whole_model() {
         let [adapted, again] = losses(&decoder);
         assert_eq!(again, one_by_one, "{name}");
         assert_ne!(adapted, again, "{name}");
-    }
+    });
 }
