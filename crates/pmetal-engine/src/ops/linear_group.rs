@@ -70,15 +70,22 @@ impl LinearGroup {
         self.layers.iter().filter_map(|layer| layer.lora.as_ref()).any(Lora::is_trained)
     }
 
+    /// The packed form, where the adapters' columns follow those of the input. They would be out of line after rows of
+    /// another width: kernels that read them so differ in rounding from those that read copies, and what is kept of a
+    /// layer decides which there are.
+    fn rides(&self) -> Option<&Packed> {
+        let lined_up = |packed: &&Packed| packed.weight.columns().is_multiple_of(SPARE_UNIT);
+        self.packed.as_ref().filter(|packed| packed.quantised.is_none()).filter(lined_up)
+    }
+
     /// Columns that the group's input should have to spare; see [`Tensor::scratch_with_spare`].
     pub fn spare(&self) -> usize {
-        let riding = self.packed.as_ref().filter(|packed| packed.quantised.is_none());
-        riding.map_or(0, |packed| packed.wide.columns() - packed.weight.columns())
+        self.rides().map_or(0, |packed| packed.wide.columns() - packed.weight.columns())
     }
 
     /// What whoever computes the group's input can multiply it by at once, into the columns that it has to spare.
     pub fn riding(&self) -> Option<Riding> {
-        let packed = self.packed.as_ref().filter(|packed| packed.quantised.is_none())?;
+        let packed = self.rides()?;
         packed.a.clone().map(|a| Riding { a, scale: packed.scale })
     }
 
