@@ -131,6 +131,8 @@ fn train(arguments: &TrainBench) -> anyhow::Result<ExitCode> {
         println!("{:.1} tokens/s", facts["tokens_per_second"].as_f64().unwrap_or_default());
         let median = facts["step_seconds_median"].as_f64().unwrap_or_default();
         println!("{median:.3} s a step (median of {})", arguments.steps);
+        let flops = facts["flops_per_second"].as_f64().unwrap_or_default();
+        println!("{:.3} TFLOP/s of what a step cannot do without", flops / 1e12);
         print!("{}", memory::table(&report));
     }
     Ok(ExitCode::SUCCESS)
@@ -151,6 +153,7 @@ fn measure(
         pmetal::lora::attach(&mut decoder, &adapter, 0)?;
     }
     let (vocabulary, parameters) = (decoder.spec.vocabulary, decoder.spec.parameter_count());
+    let flops = decoder.spec.step_flops(&vec![arguments.max_seq_len; arguments.batch_size], arguments.full);
     let first_losses = match base {
         BaseStorage::Typed => None,
         BaseStorage::Fp8 => {
@@ -195,6 +198,8 @@ fn measure(
         "tokens_per_second": tokens as f64 / median,
         "step_seconds_median": median,
         "step_seconds_least": seconds[0],
+        "step_flops": flops,
+        "flops_per_second": flops / median,
         "peak_bytes": memory.peak_bytes,
         "peak_bytes_by_category": at_peak,
         "peak_rss_bytes": pmetal::trainer::resident_peak_bytes(),
@@ -219,12 +224,7 @@ fn profile(arguments: &TrainBench, learner: &mut Learner, vocabulary: usize) -> 
     let batch = random_batch(arguments.batch_size, arguments.max_seq_len, vocabulary, 0);
     let step = WARM_UP_STEPS + arguments.steps;
     let (_, times) = device.profile(|| learner.step(step, 1e-4, std::slice::from_ref(&batch)))?;
-    let total: f64 = times.iter().map(|time| time.seconds).sum();
-    let launches = times.iter().map(|time| time.launches).sum::<usize>();
-    eprintln!("{:9.3} ms in {launches} kernels", total * 1e3);
-    for time in &times {
-        eprintln!("{:9.3} ms {:5} x {}", time.seconds * 1e3, time.launches, time.name);
-    }
+    print_profile(&times);
     Ok(())
 }
 

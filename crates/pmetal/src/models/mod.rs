@@ -4,6 +4,7 @@ pub mod cache;
 pub mod config;
 pub mod decoder;
 pub mod families;
+mod flops;
 pub mod inputs;
 pub(crate) mod layer;
 pub mod loader;

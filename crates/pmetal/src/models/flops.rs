@@ -1,0 +1,130 @@
+//! The arithmetic that a step of training cannot do without.
+
+use super::loader;
+use super::spec::{FeedForwardSpec, LayerSpec, Projection, Spec};
+
+/// Matrix products of the delta rule in a token and head: what is read from the state twice, and what is written to it.
+const DELTA_PRODUCTS: usize = 3;
+
+impl Spec {
+    /// Floating-point operations of a forward and backward pass over documents of these lengths, a multiplication and an
+    /// addition counted as two.
+    ///
+    /// Counted are products with weights that a token meets (forward, the gradient of the input and, where all weights are
+    /// trained, that of the weight), attention between queries and the keys that they see (forward, and two and a half times
+    /// that backward, with the scores that are computed again), the delta rule and the choice of keys. Adapters, norms,
+    /// activations and recomputed layers are not: what is slower for them has a smaller share of what a device can do.
+    pub fn step_flops(&self, lengths: &[usize], trains_weights: bool) -> f64 {
+        let tokens: usize = lengths.iter().sum();
+        let passes = if trains_weights { 3 } else { 2 };
+        let products = 2.0 * passes as f64 * tokens as f64 * self.active_weights() as f64;
+        let layer = |layer: &LayerSpec| -> f64 { lengths.iter().map(|&length| mixing(layer, length)).sum() };
+        products + self.layers.iter().map(layer).sum::<f64>()
+    }
+
+    /// Elements of the matrices that a token is multiplied by.
+    fn active_weights(&self) -> u128 {
+        let is_matrix = |need: &&loader::Need| need.shape.len() == 2 && !need.name.contains("norm");
+        let needs = loader::needs(self);
+        let all: u128 = needs.iter().filter(is_matrix).map(|need| elements(&need.shape)).sum();
+        // Rows of the embedding are looked up; where it is the head too, they are multiplied by once.
+        let embedding = if self.tied_head { 0 } else { elements(&[self.vocabulary, self.width]) };
+        let experts = self.layers.iter().map(|layer| match &layer.feed_forward {
+            FeedForwardSpec::Dense(_) => 0,
+            FeedForwardSpec::Experts(part) => elements(&[part.router.choices, 3, part.width, self.width]),
+        });
+        all - embedding + experts.sum::<u128>()
+    }
+}
+
+fn elements(shape: &[usize]) -> u128 {
+    shape.iter().map(|&size| size as u128).product()
+}
+
+/// What passes between the tokens of a document in one layer, forward and backward.
+fn mixing(layer: &LayerSpec, length: usize) -> f64 {
+    if let Some(delta) = &layer.delta {
+        let state = delta.value_heads * delta.key_width * delta.value_width;
+        // Backward each product has two.
+        return 3.0 * 2.0 * (DELTA_PRODUCTS * length * state) as f64;
+    }
+    let attention = &layer.attention;
+    let seen = |most: usize| -> usize {
+        let keys = |position| (position + 1 - attention.mask.first_key(position)).min(most);
+        (0..length).map(keys).sum()
+    };
+    let indexer = match attention.projection {
+        Projection::Latent(latent) => latent.indexer,
+        Projection::Apart | Projection::Fused => None,
+    };
+    let pairs = seen(indexer.map_or(usize::MAX, |indexer| indexer.count));
+    let widths = attention.query_heads * (attention.head_width + attention.value_width);
+    let choice = indexer.map_or(0, |indexer| 2 * seen(usize::MAX) * indexer.heads * indexer.width);
+    3.5 * 2.0 * (pairs * widths) as f64 + choice as f64
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::models::{Config, Spec, families};
+
+    fn spec(path: &str) -> Spec {
+        let text = std::fs::read_to_string(format!("{}/../../{path}", env!("CARGO_MANIFEST_DIR"))).unwrap();
+        families::read(&Config::new(serde_json::from_str(&text).unwrap()).unwrap()).unwrap()
+    }
+
+    #[test]
+    fn a_dense_model_is_counted_as_by_hand() {
+        let spec = spec("bench/gpu_sft/llama-3.1-8b.json");
+        let (rows, tokens) = (2.0, 2048.0);
+        let layer = 4096.0 * (2.0 * 4096.0 + 2.0 * 1024.0) + 3.0 * 4096.0 * 14336.0;
+        let weights = 32.0 * layer + 128256.0 * 4096.0;
+        let pairs = tokens * (tokens + 1.0) / 2.0;
+        let attention = 32.0 * rows * 3.5 * 2.0 * pairs * 32.0 * (128.0 + 128.0);
+        for (trains_weights, passes) in [(false, 2.0), (true, 3.0)] {
+            let expected = 2.0 * passes * rows * tokens * weights + attention;
+            let counted = spec.step_flops(&[2048, 2048], trains_weights);
+            assert!((counted / expected - 1.0).abs() < 1e-12, "{counted:e} and {expected:e}");
+        }
+    }
+
+    #[test]
+    fn experts_windows_and_chosen_keys_count_as_far_as_they_are_met() {
+        // Both layers have experts of 24 columns for inputs of 32; more choices are more products.
+        let mut mixtral = spec("fixtures/mixtral-window/config.json");
+        let few = mixtral.step_flops(&[32], false);
+        let mut added = 0.0;
+        for layer in &mut mixtral.layers {
+            if let super::FeedForwardSpec::Experts(part) = &mut layer.feed_forward {
+                part.router.choices += 1;
+                added += (4 * 32 * 3 * part.width * mixtral.width) as f64;
+            }
+        }
+        assert!(added > 0.0);
+        assert_eq!(mixtral.step_flops(&[32], false) - few, added);
+        // With a window, a document of twice the tokens is less than twice the pairs and one more window.
+        let windowed = |length| mixtral.layers.iter().map(|layer| super::mixing(layer, length)).sum::<f64>();
+        let window = mixtral.layers[0].attention.mask.window.unwrap();
+        let step = windowed(3 * window) - windowed(2 * window);
+        assert_eq!(windowed(9 * window) - windowed(8 * window), step);
+        let chosen = spec("fixtures/deepseek-v32/config.json");
+        let mut all = chosen.clone();
+        for layer in &mut all.layers {
+            if let super::Projection::Latent(latent) = &mut layer.attention.projection {
+                latent.indexer =
+                    latent.indexer.map(|indexer| super::super::spec::IndexerSpec { count: 1000, ..indexer });
+            }
+        }
+        assert!(chosen.step_flops(&[64], false) < all.step_flops(&[64], false));
+    }
+
+    #[test]
+    fn every_fixture_has_arithmetic_that_grows_with_its_tokens() {
+        let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures");
+        for entry in std::fs::read_dir(root).unwrap() {
+            let name = entry.unwrap().file_name().into_string().unwrap();
+            let spec = spec(&format!("fixtures/{name}/config.json"));
+            let [one, two] = [&[20][..], &[20, 20]].map(|lengths| spec.step_flops(lengths, false));
+            assert!(one > 0.0 && two == 2.0 * one, "{name}");
+        }
+    }
+}
