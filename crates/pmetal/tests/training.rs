@@ -76,11 +76,16 @@ fn for_every_model(device: &Device, test: impl Fn(&str, DType) + Sync) {
     let cases =
         models(device).into_iter().flat_map(|name| types(device).iter().map(move |&t| (name.clone(), t)));
     let cases: Vec<(String, DType)> = cases.collect();
-    if device.is_host() {
-        cases.par_iter().for_each(|(name, dtype)| test(name, *dtype));
-    } else {
-        cases.iter().for_each(|(name, dtype)| test(name, *dtype));
-    }
+    // All that fail are named, each with its reason as far as it was printed.
+    let fails = |(name, dtype): &(String, DType)| {
+        let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| test(name, *dtype)));
+        outcome.is_err().then(|| format!("{name}, {dtype}"))
+    };
+    let failed: Vec<String> = match device.is_host() {
+        true => cases.par_iter().filter_map(fails).collect(),
+        false => cases.iter().filter_map(fails).collect(),
+    };
+    assert!(failed.is_empty(), "wrong: {}", failed.join("; "));
 }
 
 /// On a GPU also bf16, whose attention runs on its matrix units.

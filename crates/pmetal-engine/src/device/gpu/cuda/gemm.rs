@@ -248,8 +248,12 @@ impl Products {
         checked == SUCCESS && result.workspace_bytes <= self.workspace_bytes
     }
 
+    /// The library's guesses, best first, of which every one can compute this problem.
     fn candidates(&self, problem: &Problem, plan: &Plan) -> Result<Vec<Candidate>> {
         let blas = &self.library.functions;
+        let alike = problem.canonical();
+        let [a, b] = [&alike.a, &alike.b].map(|layout| self.layout(layout, problem.operand_type));
+        let (a, b, out) = (a?, b?, self.layout(&alike.out, problem.out_type)?);
         let mut handle = Handle::NULL;
         // SAFETY: the call writes one handle.
         status("cublasLtMatmulPreferenceCreate", unsafe {
@@ -275,10 +279,10 @@ impl Products {
             (blas.cublasLtMatmulAlgoGetHeuristic)(
                 self.handle.handle,
                 plan.operation.handle,
-                plan.a.handle,
-                plan.b.handle,
-                plan.out.handle,
-                plan.out.handle,
+                a.handle,
+                b.handle,
+                out.handle,
+                out.handle,
                 preference.handle,
                 CANDIDATES as i32,
                 found.as_mut_ptr(),
@@ -286,8 +290,8 @@ impl Products {
             )
         };
         status("cublasLtMatmulAlgoGetHeuristic", searched)?;
-        let found: Vec<Candidate> =
-            found.into_iter().take(count.max(0) as usize).filter(|one| one.state == SUCCESS).collect();
+        let runs = |one: &Candidate| one.state == SUCCESS && self.valid(plan, &one.algorithm);
+        let found: Vec<Candidate> = found.into_iter().take(count.max(0) as usize).filter(runs).collect();
         if found.is_empty() {
             return Err(unsupported(format!("the library has no kernel for {}", problem.key())));
         }

@@ -12,11 +12,22 @@ pub(super) struct Layout {
     pub(super) columns: u64,
     pub(super) pitch: i64,
     pub(super) transposed: bool,
-    /// Bytes that divide the address, at most 256.
+    /// Bytes that divide the address and the distance of columns, at most [`WIDEST_LOAD`].
     pub(super) alignment: u32,
 }
 
-/// Everything that the choice of an algorithm may depend on.
+impl Layout {
+    /// The layout of every matrix of this shape and alignment.
+    fn canonical(&self, element_bytes: u32) -> Self {
+        let unit = u64::from((self.alignment / element_bytes).max(1));
+        Self { pitch: self.rows.next_multiple_of(unit) as i64, ..*self }
+    }
+}
+
+/// Bytes that kernels bring in at once at most: what is aligned better is not read faster.
+const WIDEST_LOAD: u32 = 16;
+
+/// Everything that a product's descriptors depend on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) struct Problem {
     pub(super) a: Layout,
@@ -43,18 +54,24 @@ pub(super) fn type_number(dtype: DType) -> Option<i32> {
     }
 }
 
-fn alignment(address: u64) -> u32 {
-    1 << address.trailing_zeros().min(8)
-}
-
-fn layout(matrix: &Matrix, rows: usize, columns: usize) -> Layout {
+fn layout(matrix: &Matrix, rows: usize, columns: usize, element_bytes: u32) -> Layout {
     let (stored_rows, stored_columns) = if matrix.transposed { (columns, rows) } else { (rows, columns) };
+    let pitch = matrix.pitch.max(stored_columns) as u64;
+    let both = matrix.address | (pitch * u64::from(element_bytes)) | u64::from(WIDEST_LOAD);
     Layout {
         rows: stored_columns as u64,
         columns: stored_rows as u64,
-        pitch: matrix.pitch.max(stored_columns) as i64,
+        pitch: pitch as i64,
         transposed: matrix.transposed,
-        alignment: alignment(matrix.address),
+        alignment: 1 << both.trailing_zeros(),
+    }
+}
+
+fn element_bytes(kind: i32) -> u32 {
+    match kind {
+        TYPE_F32 => 4,
+        TYPE_E4M3 => 1,
+        _ => 2,
     }
 }
 
@@ -67,6 +84,20 @@ impl Problem {
             (Some(operands), Some(out)) if out == operands || out == TYPE_F32 => (operands, out),
             _ => return Err(types()),
         };
+        Self::typed(gemm, operand_type, out_type)
+    }
+
+    /// The problem of a product of e4m3 whose rows have scales or not.
+    pub(super) fn scaled(gemm: &Gemm, row_scales: bool) -> Result<Self, String> {
+        let out_type = match gemm.out_dtype {
+            DType::Bf16 => TYPE_BF16,
+            DType::F32 => TYPE_F32,
+            other => return Err(format!("{} operands with a {other} output", gemm.operands)),
+        };
+        Ok(Self { row_scales, ..Self::typed(gemm, TYPE_E4M3, out_type)? })
+    }
+
+    fn typed(gemm: &Gemm, operand_type: i32, out_type: i32) -> Result<Self, String> {
         for (what, matrix, rows, columns) in [
             ("left", &gemm.left, gemm.rows, gemm.inner),
             ("right", &gemm.right, gemm.inner, gemm.columns),
@@ -78,10 +109,12 @@ impl Problem {
             }
         }
         let tf32 = gemm.tf32 && operand_type == TYPE_F32;
+        let (operand_bytes, out_bytes) = (element_bytes(operand_type), element_bytes(out_type));
+        let out = Matrix { transposed: false, ..gemm.out };
         Ok(Self {
-            a: layout(&gemm.right, gemm.inner, gemm.columns),
-            b: layout(&gemm.left, gemm.rows, gemm.inner),
-            out: layout(&Matrix { transposed: false, ..gemm.out }, gemm.rows, gemm.columns),
+            a: layout(&gemm.right, gemm.inner, gemm.columns, operand_bytes),
+            b: layout(&gemm.left, gemm.rows, gemm.inner, operand_bytes),
+            out: layout(&out, gemm.rows, gemm.columns, out_bytes),
             operand_type,
             out_type,
             compute: if tf32 { COMPUTE_TF32 } else { COMPUTE_F32 },
@@ -91,32 +124,28 @@ impl Problem {
         })
     }
 
-    /// The problem of a product of e4m3 whose rows have scales or not.
-    pub(super) fn scaled(gemm: &Gemm, row_scales: bool) -> Result<Self, String> {
-        if !matches!(gemm.out_dtype, DType::Bf16 | DType::F32) {
-            return Err(format!("{} operands with a {} output", gemm.operands, gemm.out_dtype));
+    /// What the choice of an algorithm depends on: the same for operands whose rows lie nearer together or further apart,
+    /// because another algorithm rounds in another way, and whether a value is kept with columns to spare or computed
+    /// again without them must not show.
+    pub(super) fn canonical(&self) -> Self {
+        let (operand_bytes, out_bytes) = (element_bytes(self.operand_type), element_bytes(self.out_type));
+        Self {
+            a: self.a.canonical(operand_bytes),
+            b: self.b.canonical(operand_bytes),
+            out: self.out.canonical(out_bytes),
+            ..*self
         }
-        let like = Self::new(&Gemm { operands: DType::Bf16, ..*gemm })?;
-        Ok(Self { operand_type: TYPE_E4M3, row_scales, ..like })
     }
 
     /// Bytes that the output spans.
     pub(super) fn out_bytes(&self) -> usize {
-        let element = if self.out_type == TYPE_F32 { 4 } else { 2 };
-        self.out.columns as usize * self.out.pitch as usize * element
+        self.out.columns as usize * self.out.pitch as usize * element_bytes(self.out_type) as usize
     }
 
-    /// One word that tells it from every other.
+    /// One word that tells it from every other whose algorithm is chosen apart.
     pub(super) fn key(&self) -> String {
         let one = |x: &Layout| {
-            format!(
-                "{}x{}+{}{}@{}",
-                x.rows,
-                x.columns,
-                x.pitch,
-                if x.transposed { "t" } else { "n" },
-                x.alignment
-            )
+            format!("{}x{}{}@{}", x.rows, x.columns, if x.transposed { "t" } else { "n" }, x.alignment)
         };
         let flags = (u8::from(self.bias), u8::from(self.accumulate));
         format!(
@@ -228,17 +257,16 @@ mod tests {
     #[test]
     fn every_part_of_a_problem_is_in_its_key() {
         type Change = fn(&mut Gemm);
-        let changes: [Change; 15] = [
+        let changes: [Change; 14] = [
             |_| {},
             |gemm| gemm.rows = 6,
             |gemm| gemm.columns = 8,
             |gemm| gemm.inner = 2,
             |gemm| gemm.left.pitch = 13,
-            |gemm| gemm.right.pitch = 13,
-            |gemm| gemm.out.pitch = 13,
+            |gemm| gemm.right.pitch = 12,
             |gemm| gemm.left.transposed = true,
             |gemm| gemm.right.transposed = false,
-            |gemm| gemm.left.address += 16,
+            |gemm| gemm.out.address += 2,
             |gemm| gemm.out_dtype = DType::Bf16,
             |gemm| gemm.bias = Some((0, DType::F32)),
             |gemm| gemm.accumulate = true,
@@ -254,10 +282,33 @@ mod tests {
         for row_scales in [false, true] {
             assert!(keys.insert(Problem::scaled(&sample(), row_scales).unwrap().key()), "{row_scales}");
         }
-        let mut gemm = sample();
-        gemm.left.address += 4096;
-        gemm.scale = 3.0;
-        assert!(!keys.insert(Problem::new(&gemm).unwrap().key()), "neither address nor scale matters");
+        let without: [Change; 5] = [
+            |gemm| gemm.left.address += 16,
+            |gemm| gemm.left.pitch += 4,
+            |gemm| gemm.right.pitch += 2,
+            |gemm| gemm.out.pitch += 8,
+            |gemm| gemm.scale = 3.0,
+        ];
+        let first = Problem::new(&sample()).unwrap();
+        for change in without {
+            let mut gemm = sample();
+            change(&mut gemm);
+            let problem = Problem::new(&gemm).unwrap();
+            assert_eq!((problem.key(), problem.canonical()), (first.key(), first.canonical()), "{gemm:?}");
+        }
+    }
+
+    #[test]
+    fn what_lies_closest_together_is_the_canonical_layout() {
+        let rows = |pitch, address, transposed, bytes| {
+            let matrix = Matrix { address, pitch, transposed };
+            let layout = layout(&matrix, 4, 10, bytes).canonical(bytes);
+            (layout.pitch, layout.alignment)
+        };
+        assert_eq!(rows(17, 4096, false, 4), (10, 4));
+        assert_eq!(rows(64, 4096, false, 2), (16, 16));
+        assert_eq!(rows(64, 4096 + 4, false, 2), (10, 4));
+        assert_eq!(rows(64, 4096, true, 1), (16, 16));
     }
 
     #[test]
