@@ -1,6 +1,6 @@
 // Cross-entropy of rows of f32 logits, replaced by their gradient.
 //
-// logits f32 [rows, columns], contiguous; labels i32 [rows], -100 = no loss and no gradient. The gradient is of ELEMENT, in
+// logits f32 [rows, columns], pitch elements from row to row; labels i32 [rows], -100 = no loss and no gradient. The gradient is of ELEMENT, in
 // the same memory: row r starts where its logits start. Every element is read before a narrower one is written over it.
 // losses f32 [rows], in nats. cap = 0: no softcap. Grid rows, group 1024; bytes: the logits twice, the gradient once.
 //
@@ -21,9 +21,9 @@ DEVICE float slope_of(float x, float top, float share, bool is_label, float cap)
 
 KERNEL(cross_entropy)(GIVEN_POSITION
     GLOBAL float* logits, const GLOBAL int* labels, GLOBAL float* losses, SCALAR(uint, columns),
-    SCALAR(float, scale), SCALAR(float, cap), SCALAR(float, gradient_scale)) {
+    SCALAR(uint, pitch), SCALAR(float, scale), SCALAR(float, cap), SCALAR(float, gradient_scale)) {
     SHARED float scratch[32];
-    logits += (ulong64)GROUP_X * columns;
+    logits += (ulong64)GROUP_X * pitch;
     GLOBAL ELEMENT* gradient = (GLOBAL ELEMENT*)logits;
     int label = labels[GROUP_X];
     if (label < 0) {

@@ -1,12 +1,35 @@
 // Products of the rows of each expert with its matrices, by mma.sync: compute capability 8.0 and above, TILE_ROWS 16, 64 or 128.
-// Needs tiles.cuh and expert_tiles.cuh in front, which says what multiply_expert_tiles takes.
+// Needs tiles.cuh and expert_tiles.cuh in front, which says what is computed; COLUMN_TILE is 128.
+//
+// multiply_expert_tiles(left, right, second_left, second_right, bias f32 [X, N], tiles u32 [tiles, 3], out, N, K, K of the second
+//     (0 = none), pitches of left, second left and out, scale, biased, accumulate)
+//   grid (ceil(N / 128), tiles), block 256, dynamic shared memory STAGES * (TILE_ROWS + 128) * 128 bytes.
 
+constexpr int BLOCK = 256;
 // Warps side by side, and what each computes.
 constexpr int WARPS_ACROSS = TILE_ROWS == 16 ? 8 : 4;
 constexpr int WARP_ROWS = TILE_ROWS / (8 / WARPS_ACROSS);
 constexpr int WARP_COLUMNS = COLUMN_TILE / WARPS_ACROSS;
 constexpr int M_TILES = WARP_ROWS / 16;
 constexpr int N_TILES = WARP_COLUMNS / 8;
+
+// One of the two products, from the first row of a tile on and for its expert.
+struct Operands {
+    const half_bits* left;
+    const half_bits* right;
+    u32 pitch, inner;
+};
+
+// Rows of the tile, STEP of the summed index from k on.
+INLINE void copy_left(const Operands& from, u32 tile, int k, int rows) {
+    int chunk = threadIdx.x % 8, bytes = min(max(((int)from.inner - k - chunk * 8) * 2, 0), 16);
+#pragma unroll
+    for (int row = threadIdx.x / 8; row < TILE_ROWS; row += BLOCK / 8) {
+        bool present = row < rows && bytes > 0;
+        const half_bits* source = present ? from.left + (u64)row * from.pitch + k + chunk * 8 : from.left;
+        copy_bytes_async(tile + tile_offset<STEP>(row, chunk), source, present ? bytes : 0);
+    }
+}
 
 template <bool IS_TURNED>
 INLINE void copy_right(const Operands& from, u32 tile, int k, int first, int columns) {

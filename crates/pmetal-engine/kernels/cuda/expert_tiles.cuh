@@ -1,17 +1,12 @@
-// What products of experts share, whichever instructions multiply them: tiles of TILE_ROWS rows by 128 columns, over steps of 64 of
-// the summed index. Put this in front of them, behind tiles.cuh.
+// What products of experts share, whichever instructions multiply them: tiles of TILE_ROWS rows by COLUMN_TILE columns, over steps of
+// 64 of the summed index. Put this in front of them, behind tiles.cuh.
 //
-// Both take (left, right, second_left, second_right, bias f32 [X, N], tiles u32 [tiles, 3], out, N, K, K of the second (0 = none),
-// pitches of left, second left and out, scale, biased, accumulate) and compute out [P, N] = scale * (left right_e + second left
-// second right_e) (+ bias) (+ out).
-//   grid (ceil(N / 128), tiles), block 256, dynamic shared memory STAGES * (TILE_ROWS + 128) * 128 bytes.
+// Both compute out [P, N] = scale * (left right_e + second left second right_e) (+ bias) (+ out).
 // A tile is an expert, its first row and its rows, at most TILE_ROWS; no rows = no work. Right operands are stacks [X, K, N], or
 // [X, N, K] with TURNED and SECOND_TURNED. All sizes and pitches are multiples of 8 elements, addresses of 16 bytes.
-// Bytes: left once for every 128 columns, right once for every tile, the output once.
+// Bytes: left once for every COLUMN_TILE columns, right once for every tile, the output once.
 
-constexpr int COLUMN_TILE = 128;
 constexpr int STEP = 64;
-constexpr int BLOCK = 256;
 constexpr int LEFT_BYTES = TILE_ROWS * STEP * 2;
 constexpr int STAGE_BYTES = LEFT_BYTES + COLUMN_TILE * STEP * 2;
 
@@ -34,24 +29,6 @@ INLINE float half_of(u32 packed, int which) {
 #else
     return __uint_as_float((u32)bits << 16);
 #endif
-}
-
-// One of the two products, from the first row of a tile on and for its expert.
-struct Operands {
-    const half_bits* left;
-    const half_bits* right;
-    u32 pitch, inner;
-};
-
-// Rows of the tile, STEP of the summed index from k on.
-INLINE void copy_left(const Operands& from, u32 tile, int k, int rows) {
-    int chunk = threadIdx.x % 8, bytes = min(max(((int)from.inner - k - chunk * 8) * 2, 0), 16);
-#pragma unroll
-    for (int row = threadIdx.x / 8; row < TILE_ROWS; row += BLOCK / 8) {
-        bool present = row < rows && bytes > 0;
-        const half_bits* source = present ? from.left + (u64)row * from.pitch + k + chunk * 8 : from.left;
-        copy_bytes_async(tile + tile_offset<STEP>(row, chunk), source, present ? bytes : 0);
-    }
 }
 
 // What happens to sums before they are stored.

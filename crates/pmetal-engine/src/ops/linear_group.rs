@@ -264,12 +264,11 @@ fn reduce(tape: &Tape, x: &Var, group: &LinearGroup, packed: &Packed, input: &Te
     if !has_it {
         device.kernels().matmul(&[product], &mut spare, &finish, arithmetic)?;
     }
+    // Another group that reads this input does not ride, also where nothing is kept here: what is kept must not show.
+    input.keep_spare();
     let kept = match x.save() {
         _ if !is_kept => None,
-        Saved::Value(_) => {
-            input.keep_spare();
-            here(&spare)
-        }
+        Saved::Value(_) => here(&spare),
         Saved::Again(_) if has_it => Some(KeptReduced::BesideInput),
         Saved::Again(_) => {
             let mut copy = scratch()?;

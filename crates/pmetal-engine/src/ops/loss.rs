@@ -173,8 +173,11 @@ impl Chunk<'_> {
         let device = input.device();
         let kernels = device.kernels();
         let arithmetic = arithmetic_for(input.dtype());
-        let shape = [input.rows(), value.rows()];
-        let mut logits = Tensor::scratch(device, Category::Logits, DType::F32, &shape)?;
+        let [rows, vocabulary] = [input.rows(), value.rows()];
+        // Products of rows that are out of line are many times slower.
+        let spare = if device.is_host() { 0 } else { vocabulary.next_multiple_of(8) - vocabulary };
+        let shape = [rows, vocabulary];
+        let mut logits = Tensor::scratch_with_spare(device, Category::Logits, DType::F32, shape, spare)?;
         let product = (Operand::plain(input), Operand::transposed(&value));
         kernels.matmul(&[product], &mut logits, &Finish::STORE, arithmetic)?;
         let logits = kernels.cross_entropy(logits, self.labels, self.parameters, sum, input.dtype())?;

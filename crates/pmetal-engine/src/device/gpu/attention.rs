@@ -120,7 +120,7 @@ fn boxes(tensor: &Tensor, box_rows: usize) -> Argument {
     let shape = tensor.shape();
     let [rows, heads, width] = [shape[0], shape[1], shape[2]];
     let (address, dtype, pitch) = (tensor.address(), tensor.dtype(), tensor.pitch());
-    Argument::TensorMap(TensorMap { address, dtype, width, heads, rows, pitch, box_rows })
+    Argument::TensorMap(TensorMap { address, dtype, width, heads, head_pitch: width, rows, pitch, box_rows })
 }
 
 /// What the backward kernels on matrix units keep between them, f32 but for the bounds.

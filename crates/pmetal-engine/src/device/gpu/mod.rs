@@ -550,7 +550,7 @@ impl Kernels for Gpu {
             .element(gradient)
             .aligned(columns.is_multiple_of(8))
             .arguments(&[(&logits).into(), labels.into(), (&losses).into()])
-            .sizes(&[columns])
+            .sizes(&[columns, logits.pitch()])
             .arguments(&[
                 Argument::F32(parameters.logit_scale),
                 Argument::F32(parameters.softcap.unwrap_or(0.0)),

@@ -7,7 +7,70 @@ use crate::error::{Error, Result};
 use crate::memory::Category;
 use crate::{DType, Tensor};
 
+/// Sizes above which what is over from whole units is multiplied apart (smaller ones in tests, to have both).
+const LARGE: usize = if cfg!(test) { 64 } else { 4096 };
+
+/// Elements of 16 bytes.
+const UNIT: usize = 8;
+
+/// What of a large size is in whole units, where something is over: the library is six times slower on all of a matrix whose
+/// vocabulary is odd than on its even part.
+fn whole_part(size: usize) -> Option<usize> {
+    (size > LARGE && !size.is_multiple_of(UNIT)).then(|| size / UNIT * UNIT)
+}
+
+/// Rows of an operand as it is multiplied from the left, or its columns from the right, which the stored matrix may have the
+/// other way round.
+fn part_of(operand: &Operand<'_>, of_rows: bool, first: usize, count: usize) -> Result<Tensor> {
+    let tensor = operand.tensor;
+    if of_rows != operand.transposed {
+        return tensor.slice_rows(first, count);
+    }
+    tensor.block([0, tensor.rows()], [first, count])
+}
+
 impl Gpu {
+    /// One product in two parts where it has a large size that is not in whole units; false where it has none.
+    fn multiply_in_parts(
+        &self,
+        (left, right): &(Operand<'_>, Operand<'_>),
+        out: &mut Tensor,
+        finish: &Finish<'_>,
+        arithmetic: Arithmetic,
+    ) -> Result<bool> {
+        let is_plain = |tensor: &Tensor| tensor.shape().len() == 2 && tensor.dtype().bytes() == 2;
+        if finish.bias.is_some()
+            || finish.residual.is_some()
+            || out.shape().len() != 2
+            || !is_plain(left.tensor)
+            || !is_plain(right.tensor)
+        {
+            return Ok(false);
+        }
+        let (rows, columns) = (out.rows(), out.columns());
+        if let Some(whole) = whole_part(columns) {
+            for (first, count) in [(0, whole), (whole, columns - whole)] {
+                let part = part_of(right, false, first, count)?;
+                let mut block = out.block([0, rows], [first, count])?;
+                let part = Operand { tensor: &part, transposed: right.transposed };
+                self.multiply(&[(*left, part)], &mut block, finish, arithmetic)?;
+            }
+            return Ok(true);
+        }
+        let inner = if left.transposed { left.tensor.rows() } else { left.tensor.columns() };
+        let Some(whole) = whole_part(inner) else { return Ok(false) };
+        // The little that is over comes first, so that it is what is rounded twice.
+        for (first, count, accumulate) in [(whole, inner - whole, finish.accumulate), (0, whole, true)] {
+            let (a, b) = (part_of(left, false, first, count)?, part_of(right, true, first, count)?);
+            let product = (
+                Operand { tensor: &a, transposed: left.transposed },
+                Operand { tensor: &b, transposed: right.transposed },
+            );
+            self.multiply(&[product], out, &Finish { accumulate, ..*finish }, arithmetic)?;
+        }
+        Ok(true)
+    }
+
     pub(super) fn multiply(
         &self,
         products: &[(Operand<'_>, Operand<'_>)],
@@ -20,6 +83,11 @@ impl Gpu {
         };
         if out.dtype() != DType::F32 && products.iter().any(is_wide) {
             return self.multiply_wide(products, out, finish, arithmetic);
+        }
+        if let [product] = products
+            && self.multiply_in_parts(product, out, finish, arithmetic)?
+        {
+            return Ok(());
         }
         let mut accumulate = finish.accumulate;
         let alike = |residual: &&Tensor| residual.is_contiguous() && out.is_contiguous();

@@ -203,6 +203,8 @@ pub(crate) struct TensorMap {
     pub(crate) width: usize,
     /// Heads of a row.
     pub(crate) heads: usize,
+    /// Elements from one head to the next; a multiple of 16 bytes.
+    pub(crate) head_pitch: usize,
     /// Rows.
     pub(crate) rows: usize,
     /// Elements from one row to the next; a multiple of 16 bytes.

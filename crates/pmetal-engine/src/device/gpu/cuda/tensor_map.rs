@@ -24,7 +24,7 @@ fn encode_one(stream: &Stream, map: &TensorMap) -> Result<EncodedMap> {
     };
     let element = map.dtype.bytes() as u64;
     let sizes = [map.width as u64, map.heads as u64, map.rows as u64];
-    let strides = [map.width as u64 * element, map.pitch as u64 * element];
+    let strides = [map.head_pitch as u64 * element, map.pitch as u64 * element];
     let (boxes, steps) = ([64, 1, map.box_rows as u32], [1; 3]);
     let mut encoded = EncodedMap::default();
     // SAFETY: the call writes 128 bytes, aligned to 64, and reads three sizes, two strides, three box sizes and three

@@ -6,7 +6,7 @@ mod tests;
 use super::flag;
 use crate::device::gpu::Gpu;
 use crate::device::gpu::launch::Kernel;
-use crate::device::gpu::runtime::{Argument, ModuleText};
+use crate::device::gpu::runtime::{Argument, ModuleText, TensorMap};
 use crate::device::{ExpertFinish, Operand, RoutingPlan};
 use crate::{DType, Tensor};
 
@@ -37,8 +37,9 @@ static GRADIENTS: ModuleText = ModuleText {
     ],
 };
 
-/// As in the kernels' texts.
+/// Columns of a tile, by mma.sync and of gradients.
 const COLUMN_TILE: usize = 128;
+/// As in the kernels' texts.
 const STEP: usize = 64;
 
 #[cfg(test)]
@@ -56,13 +57,65 @@ fn by_warpgroups(capability: (u32, u32), tile_rows: usize) -> bool {
     capability.0 == 9 && tile_rows > 16
 }
 
-/// Tiles that are on their way at one time: as many as leave room for two blocks of a Hopper's multiprocessor.
-fn stages(tile_rows: usize, by_warpgroups: bool) -> usize {
-    if by_warpgroups || tile_rows > 64 { 3 } else { 4 }
+/// Tiles of a product: their columns, and how many are on their way at one time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Tiling {
+    rows: usize,
+    columns: usize,
+    stages: usize,
+    by_warpgroups: bool,
 }
 
-fn product_bytes(tile_rows: usize, by_warpgroups: bool) -> usize {
-    stages(tile_rows, by_warpgroups) * (tile_rows + COLUMN_TILE) * STEP * 2
+/// Shared memory that a block of warpgroups takes for its tiles, and besides for its results and barriers.
+const HOPPER_STAGE_BYTES: usize = 192 << 10;
+const HOPPER_OTHER_BYTES: usize = (16 << 10) + 256;
+
+impl Tiling {
+    fn new(capability: (u32, u32), rows: usize, columns: usize) -> Self {
+        if !by_warpgroups(capability, rows) {
+            let stages = if rows > 64 { 3 } else { 4 };
+            return Self { rows, columns: COLUMN_TILE, stages, by_warpgroups: false };
+        }
+        // Each of two warpgroups has pieces of 64 columns.
+        let least = if rows == 128 { 64 } else { 128 };
+        let columns = columns.next_power_of_two().clamp(least, 256);
+        let stages = (HOPPER_STAGE_BYTES / ((rows + columns) * STEP * 2)).min(6);
+        Self { rows, columns, stages, by_warpgroups: true }
+    }
+
+    fn shared_bytes(&self) -> usize {
+        let other = if self.by_warpgroups { HOPPER_OTHER_BYTES } else { 0 };
+        self.stages * (self.rows + self.columns) * STEP * 2 + other
+    }
+}
+
+/// Boxes of rows \[P, K\].
+fn row_boxes(rows: &Tensor, box_rows: usize) -> Argument {
+    Argument::TensorMap(TensorMap {
+        address: rows.address(),
+        dtype: rows.dtype(),
+        width: rows.columns(),
+        heads: 1,
+        head_pitch: rows.columns(),
+        rows: rows.rows(),
+        pitch: rows.pitch(),
+        box_rows,
+    })
+}
+
+/// Boxes of one matrix of a stack \[X, K, N\] or \[X, N, K\] each.
+fn stack_boxes(stack: &Operand<'_>, column_tile: usize) -> Argument {
+    let shape = stack.tensor.shape();
+    Argument::TensorMap(TensorMap {
+        address: stack.tensor.address(),
+        dtype: stack.tensor.dtype(),
+        width: shape[2],
+        heads: shape[0],
+        head_pitch: shape[1] * shape[2],
+        rows: shape[1],
+        pitch: shape[2],
+        box_rows: if stack.transposed { column_tile } else { STEP },
+    })
 }
 
 const GRADIENT_STAGES: usize = 3;
@@ -101,8 +154,9 @@ impl Gpu {
                 && (right.tensor.dtype() != out.dtype() || right.tensor.address().is_multiple_of(16))
         };
         is_half(out.dtype())
-            && self
-                .has_matrix_units(product_bytes(tiles.rows, by_warpgroups(self.facts.capability, tiles.rows)))
+            && self.has_matrix_units(
+                Tiling::new(self.facts.capability, tiles.rows, out.columns()).shared_bytes(),
+            )
             && whole(out.columns())
             && is_aligned(out)
             && products.iter().all(fits)
@@ -117,33 +171,41 @@ impl Gpu {
         out: &mut Tensor,
     ) {
         let tiles = plan.tiles.as_ref().expect("invariant: plans of GPUs have tiles");
-        let (left, right) = products.first().expect("invariant: something is multiplied");
-        let (second_left, second_right) = products.get(1).unwrap_or(&products[0]);
+        let first = products.first().expect("invariant: something is multiplied");
+        let second = products.get(1).unwrap_or(first);
         let second_inner = products.get(1).map_or(0, |(left, _)| left.columns());
-        let (columns, out_pitch) = (out.columns(), out.pitch());
-        let is_hopper = by_warpgroups(self.facts.capability, tiles.rows);
-        let kernel = if is_hopper {
-            Kernel::of(&HOPPER_PRODUCTS, "multiply_expert_tiles_hopper")
-        } else {
-            Kernel::of(&PRODUCTS, "multiply_expert_tiles")
+        let tiling = Tiling::new(self.facts.capability, tiles.rows, out.columns());
+        let kernel = match tiling.by_warpgroups {
+            true => Kernel::of(&HOPPER_PRODUCTS, "multiply_expert_tiles_hopper"),
+            false => Kernel::of(&PRODUCTS, "multiply_expert_tiles"),
         };
-        kernel
+        let kernel = kernel
             .define("HALVES_F16", out.dtype() == DType::F16)
-            .number("TILE_ROWS", tiles.rows)
-            .number("STAGES", stages(tiles.rows, is_hopper))
-            .define("TURNED", right.transposed)
-            .define("SECOND_TURNED", second_right.transposed)
-            .arguments(&[
-                (*left).into(),
-                right.tensor.into(),
-                (*second_left).into(),
-                second_right.tensor.into(),
-            ])
+            .number("TILE_ROWS", tiling.rows)
+            .number("COLUMN_TILE", tiling.columns)
+            .number("STAGES", tiling.stages)
+            .define("TURNED", first.1.transposed)
+            .define("SECOND_TURNED", second.1.transposed)
+            .shared(tiling.shared_bytes());
+        let (columns, out_pitch, inner) = (out.columns(), out.pitch(), first.0.columns());
+        let (across, down) = (columns.div_ceil(tiling.columns), tiles.tiles.rows());
+        if tiling.by_warpgroups {
+            let boxes = [first, second]
+                .map(|(left, right)| [row_boxes(left, tiling.rows), stack_boxes(right, tiling.columns)]);
+            let blocks = self.facts.multiprocessors.min(across * down);
+            return kernel
+                .arguments(&boxes.concat())
+                .arguments(&[finish.bias.into(), (&tiles.tiles).into(), out.into()])
+                .sizes(&[down, columns, inner, second_inner, out_pitch])
+                .arguments(&[Argument::F32(finish.scale), flag(finish.accumulate)])
+                .launch(self.runtime.as_ref(), [blocks, 1, 1], 384);
+        }
+        kernel
+            .arguments(&[first.0.into(), first.1.tensor.into(), second.0.into(), second.1.tensor.into()])
             .arguments(&[finish.bias.into(), (&tiles.tiles).into(), out.into()])
-            .sizes(&[columns, left.columns(), second_inner, left.pitch(), second_left.pitch(), out_pitch])
+            .sizes(&[columns, inner, second_inner, first.0.pitch(), second.0.pitch(), out_pitch])
             .arguments(&[Argument::F32(finish.scale), flag(finish.bias.is_some()), flag(finish.accumulate)])
-            .shared(product_bytes(tiles.rows, is_hopper))
-            .launch(self.runtime.as_ref(), [columns.div_ceil(COLUMN_TILE), tiles.tiles.rows(), 1], 256);
+            .launch(self.runtime.as_ref(), [across, down, 1], 256);
     }
 
     /// Gradients of stacks on matrix units; false where they cannot.

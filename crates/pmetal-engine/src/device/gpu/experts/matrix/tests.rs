@@ -84,7 +84,7 @@ fn tolerance(dtype: DType) -> f64 {
 }
 
 /// x \[P, K\] times the stack of each row's expert.
-fn product(x: &[f32], stack: &[f32], of_rows: &[usize], [k, n]: [usize; 2], turned: bool) -> Vec<f64> {
+fn product_of(x: &[f32], stack: &[f32], of_rows: &[usize], [k, n]: [usize; 2], turned: bool) -> Vec<f64> {
     let mut out = Vec::with_capacity(of_rows.len() * n);
     for (x, &expert) in x.chunks(k).zip(of_rows) {
         let own = &stack[expert * k * n..][..k * n];
@@ -141,8 +141,8 @@ fn multiply_tiles(device: &Device) {
                     .expect("products");
                 out.to_f32_vec().expect("results")
             };
-            let main = product(&x, &w, &of_rows, [k, n], turned);
-            let low = product(&y, &v, &of_rows, [rank, n], second_turned);
+            let main = product_of(&x, &w, &of_rows, [k, n], turned);
+            let low = product_of(&y, &v, &of_rows, [rank, n], second_turned);
             let one = ExpertFinish { scale: 0.5, bias: Some(&bias_tensor), accumulate: false };
             let of_expert = |index: usize| f64::from(bias[of_rows[index / n] * n + index % n]);
             let expected: Vec<f64> =
@@ -156,6 +156,27 @@ fn multiply_tiles(device: &Device) {
             assert!(sums == run(2, &both), "{what}: a second run gives other bits");
         }
     }
+}
+
+#[test]
+fn a_block_multiplies_more_tiles_than_one() {
+    let Some(device) = device() else { return };
+    let ([k, n], load, dtype) = ([72, 1544], [1200, 7, 3], DType::Bf16);
+    let (plan, of_rows) = plan(&device, load);
+    let rows = of_rows.len();
+    let (x, w) = (numbers(1, rows * k, dtype), numbers(2, load[1] * k * n, dtype));
+    let (left, stack) = (apart(&device, dtype, [rows, k], &x), place(&device, dtype, &[load[1], k, n], &w));
+    let tiles = plan.tiles.as_ref().expect("tiles").tiles.rows();
+    assert!(tiles * n.div_ceil(256) > 200, "no block has several of {tiles} tiles");
+    let mut out = Tensor::scratch(&device, Category::Workspace, dtype, &[rows, n]).expect("memory");
+    let product = (&left, Operand { tensor: &stack, transposed: false });
+    let arithmetic = crate::tape::arithmetic_for(dtype);
+    let kernels = device.kernels().experts();
+    kernels
+        .multiply_experts(&[product], &plan, &ExpertFinish::STORE, &mut out, arithmetic)
+        .expect("products");
+    let expected = product_of(&x, &w, &of_rows, [k, n], false);
+    assert_near("many tiles", &out.to_f32_vec().expect("results"), &expected, tolerance(dtype));
 }
 
 #[test]
