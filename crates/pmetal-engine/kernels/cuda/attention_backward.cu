@@ -14,14 +14,15 @@
 // 2 attention_backward(q u16*, q_pitch i32, k u16*, k_pitch i32, v u16*, v_pitch i32, d_out u16*, d_out_pitch i32,
 //     dk u16*, dk_pitch i32, dv u16*, dv_pitch i32, row_log f32*, row_delta f32*, dq_sums f32*,
 //     key_begin i32*, key_end i32* [Tq], query_begin i32*, query_end i32* [Tk],
-//     query_rows i32, key_rows i32, query_heads i32, key_heads i32, scale f32, softcap f32)
+//     query_rows i32, key_rows i32, query_heads i32, key_heads i32, scale f32, softcap f32,
+//     chosen u32 [Tq, chosen_words] or null, chosen_words i32: read with ATTENTION_CHOICE alone)
 //   grid (K, ceil(Tk / BACKWARD_KEYS)), block BACKWARD_KEYS * 2 threads, dynamic shared memory
 //   2 * (BACKWARD_KEYS * (P + Pv + BACKWARD_QUERIES) + BACKWARD_STAGES * BACKWARD_QUERIES * (P + Pv + 8)) bytes.
 // 3 attention_backward_convert(dq_sums f32*, dq u16*, dq_pitch i32, query_rows i32, query_heads i32, scale f32)
 //   grid (H, Tp / BACKWARD_QUERIES), block BACKWARD_KEYS * 2, no dynamic shared memory.
 // 4 attention_backward_keys: parameters, grid, block and shared memory of 2; dq_sums is not touched and may be null.
 // 5 attention_backward_queries(q, q_pitch, k, k_pitch, v, v_pitch, d_out, d_out_pitch, dq u16*, dq_pitch i32,
-//     row_log, row_delta, key_begin, key_end, query_rows, key_rows, query_heads, key_heads, scale, softcap)
+//     row_log, row_delta, key_begin, key_end, query_rows, key_rows, query_heads, key_heads, scale, softcap, chosen, chosen_words)
 //   grid (H, ceil(Tq / 64)), block 128, dynamic shared memory
 //   2 * (64 * (P + Pv) + BACKWARD_STAGES * BACKWARD_QUERIES * (P + Pv)) bytes.
 // 6 attention_backward_sinks (attention_prepare.cu).
@@ -74,6 +75,8 @@ struct BackwardInputs {
     const int *key_begin, *key_end;
     int query_rows, key_rows, padded_rows;
     float scale, softcap;
+    const u32* chosen;
+    int chosen_words;
 };
 
 INLINE void copy_word_async(u32 destination, const void* source, bool present) {
@@ -227,7 +230,7 @@ struct Slopes {};
 
 // Scores become probabilities; row_log begins the tile's rows: logarithm, delta, begin and end.
 INLINE void tile_probabilities(float (&scores)[TILE_QUERIES / 8][4], Slopes& slopes, const float* row_log,
-                                         const BackwardInputs& in, int key, bool masked, int lane) {
+                                         const BackwardInputs& in, int first_query, int key, bool masked, int lane) {
     const int* begin = (const int*)(row_log + 2 * TILE_QUERIES);
     const int* end = begin + TILE_QUERIES;
 #pragma unroll
@@ -243,6 +246,16 @@ INLINE void tile_probabilities(float (&scores)[TILE_QUERIES / 8][4], Slopes& slo
 #endif
             scores[n][i] = exp2_fast(exponent - (i & 1 ? log.y : log.x));
         }
+#if ATTENTION_CHOICE
+        // The thread's two keys are of one run of 16, hence of one word.
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            int query = first_query + column + (i & 1);
+            bool present = query < in.query_rows && key / 32 < in.chosen_words;
+            u32 word = present ? in.chosen[(long long)query * in.chosen_words + key / 32] : 0;
+            if (!(word >> (key % 32 + (i >> 1) * 8) & 1)) scores[n][i] = 0.0f;
+        }
+#endif
         if (!masked) continue;
         int2 from = *(const int2*)(begin + column);
         int2 until = *(const int2*)(end + column);
@@ -284,7 +297,7 @@ INLINE void sweep(float (&dk)[KEY_PAD / 8][4], float (&dv)[VALUE_PAD / 8][4], fl
         float scores[TILE_QUERIES / 8][4];
         Slopes slopes;
         multiply_rows<KEY_PAD>(scores, at.key_tile, at.warp * 16, query_tile, lane);
-        tile_probabilities(scores, slopes, row_log, in, at.first_key + at.warp * 16 + (lane >> 2), masked, lane);
+        tile_probabilities(scores, slopes, row_log, in, first_query, at.first_key + at.warp * 16 + (lane >> 2), masked, lane);
         if (WITH_VALUES) accumulate<VALUE_PAD>(dv, scores, d_out_tile, lane);
         if (WITH_KEYS) {
             float gradients[TILE_QUERIES / 8][4];
@@ -374,10 +387,10 @@ INLINE void backward_block(BackwardInputs in, half_bits* dk, int dk_pitch, half_
         const float *__restrict__ row_log, const float *__restrict__ row_delta, float *__restrict__ dq_sums,              \
         const int *__restrict__ key_begin, const int *__restrict__ key_end, const int *__restrict__ query_begin,          \
         const int *__restrict__ query_end, int query_rows, int key_rows, int query_heads, int key_heads, float scale,     \
-        float softcap
+        float softcap, const u32 *__restrict__ chosen, int chosen_words
 #define BACKWARD_INPUTS                                                                                                   \
     { q, k, v, d_out, q_pitch, k_pitch, v_pitch, d_out_pitch, row_log, row_delta, key_begin, key_end, query_rows,         \
-      key_rows, (query_rows + 127) / 128 * 128, scale, softcap }
+      key_rows, (query_rows + 127) / 128 * 128, scale, softcap, chosen, chosen_words }
 
 extern "C" __global__ void __launch_bounds__(BACKWARD_THREADS, 1) attention_backward(BACKWARD_PARAMETERS) {
     backward_block<true>(BACKWARD_INPUTS, dk, dk_pitch, dv, dv_pitch, dq_sums, query_begin, query_end, query_heads, key_heads);
@@ -418,7 +431,8 @@ extern "C" __global__ void __launch_bounds__(QUERY_PASS_THREADS) attention_backw
     const half_bits* __restrict__ q, int q_pitch, const half_bits* __restrict__ k, int k_pitch, const half_bits* __restrict__ v,
     int v_pitch, const half_bits* __restrict__ d_out, int d_out_pitch, half_bits* __restrict__ dq, int dq_pitch,
     const float* __restrict__ row_log, const float* __restrict__ row_delta, const int* __restrict__ key_begin,
-    const int* __restrict__ key_end, int query_rows, int key_rows, int query_heads, int key_heads, float scale, float softcap) {
+    const int* __restrict__ key_end, int query_rows, int key_rows, int query_heads, int key_heads, float scale, float softcap,
+    const u32* __restrict__ chosen, int chosen_words) {
     constexpr int TILE_KEYS = BACKWARD_QUERIES;
     constexpr int KEY_STAGE_BYTES = TILE_KEYS * (KEY_PAD + VALUE_PAD) * 2;
     BackwardInputs in = BACKWARD_INPUTS;
@@ -468,6 +482,13 @@ extern "C" __global__ void __launch_bounds__(QUERY_PASS_THREADS) attention_backw
         float scores[TILE_KEYS / 8][4], gradients[TILE_KEYS / 8][4];
         multiply_rows<KEY_PAD>(scores, query_tile, warp * 16, key_tile, lane);
         multiply_rows<VALUE_PAD>(gradients, d_out_tile, warp * 16, value_tile, lane);
+#if ATTENTION_CHOICE
+        u64 bits[2];
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+            bits[half] = chosen_keys(
+                chosen, chosen_words, first_query + warp * 16 + half * 8 + (lane >> 2), query_rows, first_key);
+#endif
 #pragma unroll
         for (int n = 0; n < TILE_KEYS / 8; ++n)
 #pragma unroll
@@ -477,6 +498,9 @@ extern "C" __global__ void __launch_bounds__(QUERY_PASS_THREADS) attention_backw
                 float exponent = capped_exponent(scores[n][i], in, slope);
                 float probability = exp2_fast(exponent - log[i >> 1]);
                 if (masked && (key < begin[i >> 1] || key >= end[i >> 1])) probability = 0.0f;
+#if ATTENTION_CHOICE
+                if (!(bits[i >> 1] >> (key - first_key) & 1)) probability = 0.0f;
+#endif
                 gradients[n][i] = probability * (gradients[n][i] - delta[i >> 1]) * slope;
             }
         accumulate<KEY_PAD>(sums, gradients, key_tile, lane);

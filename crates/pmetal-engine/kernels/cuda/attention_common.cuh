@@ -110,3 +110,17 @@ INLINE VisibleRange visible_range(const int* key_begin, const int* key_end, int 
     range.all_last = first_query + query_count <= query_rows ? key_end[first_query] : 0;
     return range;
 }
+
+#if ATTENTION_CHOICE
+// The keys that a query looks at, of those that it sees: bit k % 32 of word k / 32 of its row. These are the bits of 64 keys; no
+// row = none.
+INLINE u64 chosen_keys(const u32* chosen, int words, int query, int query_rows, int first_key) {
+    if (query >= query_rows) return 0;
+    const u32* row = chosen + (long long)query * words;
+    int word = first_key / 32;
+    u32 part[3];
+#pragma unroll
+    for (int i = 0; i < 3; ++i) part[i] = word + i < words ? row[word + i] : 0;
+    return (u64)__funnelshift_r(part[1], part[2], first_key) << 32 | __funnelshift_r(part[0], part[1], first_key);
+}
+#endif

@@ -4,7 +4,8 @@
 // extern "C" attention_forward(
 //   q u16*, q_pitch i32, k u16*, k_pitch i32, v u16*, v_pitch i32, out u16*, out_pitch i32, lse f32* [Tq, H],
 //   key_begin i32* [Tq], key_end i32* [Tq], sinks f32* [H] or null,
-//   query_rows i32, key_rows i32, query_heads i32, key_heads i32, scale f32, softcap f32)
+//   query_rows i32, key_rows i32, query_heads i32, key_heads i32, scale f32, softcap f32,
+//   chosen u32 [Tq, chosen_words] or null, chosen_words i32: read with ATTENTION_CHOICE alone)
 //   grid (H, ceil(Tq / B), 1); block (max(P, Pv) <= 128 ? B : 2 * B, 1, 1);
 //   dynamic shared memory max(B * P + 64 * P + 64 * Pv, B * Pv) * 2 + 8 * B bytes, P and Pv the padded E and Ev, B = 128.
 // Option (-D) FORWARD_BLOCK_QUERIES=64 makes B = 64 and thereby lets E = 256 run in 99 kB of shared memory.
@@ -121,7 +122,7 @@ INLINE void forward_values(ForwardState& state, ForwardScores& scores, u32 value
 
 // Applies the cap and, where the tile is not wholly visible, the mask. `bounds` holds (begin, end) of the block's rows.
 INLINE void forward_mask(ForwardScores& scores, const int2* bounds, int warp, int lane, int first_key, bool masked,
-                                   float scale, float softcap) {
+                                   float scale, float softcap, const u32* chosen, int chosen_words, int first_query, int query_rows) {
 #if ATTENTION_SOFTCAP
     float inside = scale / softcap;
 #pragma unroll
@@ -130,6 +131,20 @@ INLINE void forward_mask(ForwardScores& scores, const int2* bounds, int warp, in
         for (int n = 0; n < FORWARD_KEYS / 8; ++n)
 #pragma unroll
             for (int i = 0; i < 4; ++i) scores[m][n][i] = softcap * tanh_accurate(scores[m][n][i] * inside);
+#endif
+#if ATTENTION_CHOICE
+#pragma unroll
+    for (int m = 0; m < FORWARD_ROW_TILES; ++m)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            int row = (warp * FORWARD_ROW_TILES + m) * 16 + half * 8 + (lane >> 2);
+            u64 bits = chosen_keys(chosen, chosen_words, first_query + row, query_rows, first_key) >> (lane & 3) * 2;
+#pragma unroll
+            for (int n = 0; n < FORWARD_KEYS / 8; ++n)
+#pragma unroll
+                for (int i = 0; i < 2; ++i)
+                    if (!(bits >> (n * 8 + i) & 1)) scores[m][n][2 * half + i] = negative_infinity();
+        }
 #endif
     if (!masked) return;
 #pragma unroll
@@ -192,7 +207,7 @@ extern "C" __global__ void __launch_bounds__(FORWARD_THREADS, FORWARD_ROW_TILES)
     const half_bits* __restrict__ q, int q_pitch, const half_bits* __restrict__ k, int k_pitch,
     const half_bits* __restrict__ v, int v_pitch, half_bits* __restrict__ out, int out_pitch, float* __restrict__ lse,
     const int* __restrict__ key_begin, const int* __restrict__ key_end, const float* __restrict__ sinks, int query_rows,
-    int key_rows, int query_heads, int key_heads, float scale, float softcap) {
+    int key_rows, int query_heads, int key_heads, float scale, float softcap, const u32* __restrict__ chosen, int chosen_words) {
     constexpr int QUERY_BYTES = FORWARD_QUERIES * KEY_PAD * 2;
     constexpr int KEY_BYTES = FORWARD_KEYS * KEY_PAD * 2;
     constexpr int TILE_BYTES_NEEDED = QUERY_BYTES + KEY_BYTES + FORWARD_KEYS * VALUE_PAD * 2;
@@ -249,7 +264,8 @@ extern "C" __global__ void __launch_bounds__(FORWARD_THREADS, FORWARD_ROW_TILES)
             commit_copies();
         }
         bool masked = first_key < range.all_first || first_key + FORWARD_KEYS > range.all_last;
-        forward_mask(scores, bounds, warp, lane, first_key, masked, scale, softcap);
+        forward_mask(
+            scores, bounds, warp, lane, first_key, masked, scale, softcap, chosen, chosen_words, first_query, query_rows);
         forward_softmax(state, scores, logit_scale * LOG2_E);
         forward_values(state, scores, value_tile, lane);
     }

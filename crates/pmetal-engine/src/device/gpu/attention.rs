@@ -68,6 +68,7 @@ impl<'a> Inputs<'a> {
             key_heads: p.key_value_heads,
             widths: [p.key_width, p.value_width],
             longest: self.longest,
+            has_choice: self.chosen.is_some(),
         }
     }
 
@@ -79,27 +80,32 @@ impl<'a> Inputs<'a> {
             .number("VALUE_WIDTH", p.value_width)
             .define("HALVES_F16", self.q.dtype() == DType::F16)
             .define("ATTENTION_SOFTCAP", self.has_softcap())
+            .define("ATTENTION_CHOICE", self.chosen.is_some())
     }
 
     fn has_softcap(&self) -> bool {
         self.parameters.softcap.is_some_and(|cap| cap > 0.0)
     }
 
-    /// What the kernels on matrix units end with.
+    /// What kernels that know a choice of keys end with.
+    fn choice(&self) -> [Argument; 2] {
+        [self.chosen.into(), Argument::U32(self.chosen_words() as u32)]
+    }
+
+    /// Sizes that all kernels on matrix units are given.
     fn sizes(&self) -> [usize; 4] {
         let [tokens, keys] = self.tokens();
         [tokens, keys, self.parameters.query_heads, self.parameters.key_value_heads]
     }
 
-    /// Whether kernels on matrix units can read these tensors and the others that come with them. They know no choice of keys.
+    /// Whether kernels on matrix units can read these tensors and the others that come with them.
     fn is_aligned(&self, others: &[&Tensor]) -> bool {
         let is_aligned = |tensor: &&Tensor| {
             tensor.dtype() == self.q.dtype()
                 && tensor.pitch().is_multiple_of(8)
                 && tensor.address().is_multiple_of(16)
         };
-        self.chosen.is_none()
-            && matches!(self.q.dtype(), DType::Bf16 | DType::F16)
+        matches!(self.q.dtype(), DType::Bf16 | DType::F16)
             && self.parameters.scale > 0.0
             && [self.q, self.k, self.v].iter().chain(others).all(is_aligned)
     }
@@ -179,6 +185,7 @@ impl Gpu {
             .arguments(&[log_sum_exp.into(), key_begin.into(), key_end.into(), inputs.sinks.into()])
             .sizes(&inputs.sizes())
             .arguments(&inputs.scalars())
+            .arguments(&inputs.choice())
             .shared(shape.forward_shared())
             .launch(
                 self.runtime.as_ref(),
@@ -458,6 +465,7 @@ impl BackwardPass<'_> {
             .arguments(&ranges)
             .sizes(&inputs.sizes())
             .arguments(&inputs.scalars())
+            .arguments(&inputs.choice())
             .shared(self.shape.backward_shared(self.tile))
             .launch(
                 self.gpu.runtime.as_ref(),
@@ -498,6 +506,7 @@ impl BackwardPass<'_> {
             .arguments(&[key_begin.into(), key_end.into()])
             .sizes(&inputs.sizes())
             .arguments(&inputs.scalars())
+            .arguments(&inputs.choice())
             .shared(self.shape.queries_shared(self.tile))
             .launch(self.gpu.runtime.as_ref(), [self.shape.heads, self.shape.tokens.div_ceil(64), 1], 128);
     }

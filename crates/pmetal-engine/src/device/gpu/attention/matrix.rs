@@ -60,6 +60,8 @@ pub(super) struct Shape {
     pub(super) widths: [usize; 2],
     /// The most queries that one document has.
     pub(super) longest: usize,
+    /// Whether keys are chosen among those that queries see: of the forms, the plain ones know that.
+    pub(super) has_choice: bool,
 }
 
 /// How the forward pass is computed.
@@ -124,11 +126,16 @@ impl Shape {
         let fits = |bytes: usize| bytes <= facts.shared_bytes_per_block;
         // Blocks of the other forms hold at least 64 queries and bring in all keys between the first and the last of them.
         let is_thin = self.tokens <= FEW_QUERIES || self.keys >= 16 * self.tokens;
-        if self.longest <= FEW_QUERIES && is_thin && self.tokens <= 65_535 && fits(self.decode_shared()) {
+        if !self.has_choice
+            && self.longest <= FEW_QUERIES
+            && is_thin
+            && self.tokens <= 65_535
+            && fits(self.decode_shared())
+        {
             return Some(Forward::Decode);
         }
         let [key_pieces, value_pieces] = self.pieces();
-        if facts.capability.0 == 9 && (self.is_narrow() || value_pieces <= key_pieces) {
+        if !self.has_choice && facts.capability.0 == 9 && (self.is_narrow() || value_pieces <= key_pieces) {
             let few = self.heads * self.tokens.div_ceil(192) <= facts.multiprocessors;
             let consumers = if self.is_narrowest() && !few { 3 } else { 2 };
             return Some(Forward::Hopper { consumers });
@@ -140,7 +147,9 @@ impl Shape {
     /// no block has room for any.
     pub(super) fn backward(&self, facts: &DeviceFacts) -> Option<(Backward, Tile)> {
         let form = match facts.capability.0 {
-            9 => Backward::Hopper { cluster: self.cluster(facts), consumers: self.consumers(facts) },
+            9 if !self.has_choice => {
+                Backward::Hopper { cluster: self.cluster(facts), consumers: self.consumers(facts) }
+            }
             _ => Backward::Plain,
         };
         self.tile(facts).map(|tile| (form, tile))
@@ -265,7 +274,7 @@ mod tests {
         DeviceFacts { capability: (8, 0), multiprocessors: 108, shared_bytes_per_block: 166_912, ..H200 };
 
     fn shape(tokens: usize, [heads, key_heads]: [usize; 2], widths: [usize; 2]) -> Shape {
-        Shape { tokens, keys: tokens, heads, key_heads, widths, longest: tokens }
+        Shape { tokens, keys: tokens, heads, key_heads, widths, longest: tokens, has_choice: false }
     }
 
     #[test]

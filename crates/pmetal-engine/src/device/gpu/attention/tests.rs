@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::*;
 use crate::device::gpu::cuda::{Cuda, CudaOptions};
 use crate::device::gpu::runtime::{DeviceFacts, Runtime};
-use crate::device::{Kernels, Segment};
+use crate::device::{Kernels, KeyChoice, Segment};
 use crate::{Device, reference};
 
 const PLAIN: AttentionParameters = AttentionParameters {
@@ -35,6 +35,8 @@ struct Case {
     /// Rows before the first document.
     gap: usize,
     sinks: bool,
+    /// Whether queries look at some of the keys that they see.
+    chosen: bool,
     dtype: DType,
 }
 
@@ -43,6 +45,7 @@ const CASE: Case = Case {
     lengths: &[(150, 150), (97, 97), (61, 61)],
     gap: 0,
     sinks: false,
+    chosen: false,
     dtype: DType::Bf16,
 };
 
@@ -72,6 +75,23 @@ impl Case {
     fn tokens(&self) -> [usize; 2] {
         let (keys, tokens) = self.lengths.iter().fold((0, 0), |sum, next| (sum.0 + next.0, sum.1 + next.1));
         [tokens + self.gap, keys + self.gap]
+    }
+
+    /// Whether a query looks at a key; some look at none.
+    fn looks(&self, query: usize, key: usize) -> bool {
+        !self.chosen || (!(query * key / 5 + 7 * query + 13 * key).is_multiple_of(3) && query % 50 != 7)
+    }
+
+    fn choice(&self, device: &Device) -> KeyChoice {
+        let [tokens, keys] = self.tokens();
+        let bit = |query: usize, key: usize| u32::from(key < keys && self.looks(query, key));
+        let word = |query: usize, word: usize| {
+            (0..32).map(|index| bit(query, 32 * word + index) << index).sum::<u32>()
+        };
+        let words = keys.div_ceil(32);
+        let bits: Vec<u32> = (0..tokens * words).map(|index| word(index / words, index % words)).collect();
+        let bits = Tensor::from_slice(device, Category::Workspace, &[tokens, words], &bits).unwrap();
+        KeyChoice { bits, tokens: [tokens, keys] }
     }
 
     /// Columns of q, k and v.
@@ -147,7 +167,9 @@ fn score_rows<'a>(case: &'a Case, values: &'a Values) -> impl Iterator<Item = Ro
             let row = (segment.query_start + query) * heads + head;
             let key_row =
                 |key: usize| (segment.key_start + key) * p.key_value_heads + head * p.key_value_heads / heads;
-            let visible: Vec<_> = segment.visible(p, query).map(|key| score(row, key_row(key))).collect();
+            let looks = |key: &usize| case.looks(segment.query_start + query, segment.key_start + key);
+            let visible = segment.visible(p, query).filter(looks);
+            let visible: Vec<_> = visible.map(|key| score(row, key_row(key))).collect();
             let sink = sinks.get(head).map_or(0.0, |sink| sink.exp());
             let log = (sink + visible.iter().map(|(_, score, _)| score.exp()).sum::<f64>()).ln();
             Row { row, head, visible, log }
@@ -159,11 +181,21 @@ fn score_rows<'a>(case: &'a Case, values: &'a Values) -> impl Iterator<Item = Ro
 fn expected_forward(case: &Case, values: &Values) -> [Vec<f64>; 2] {
     let p = &case.parameters;
     let [q, k, v, sinks] = &values.inputs;
-    let out = reference::attention(p, &case.segments(), [q, k, v, sinks]);
+    let mut out = reference::attention(p, &case.segments(), [q, k, v, sinks]);
     // Rows of no document see their sinks alone.
     let log = |row: usize| sinks.get(row % p.query_heads).copied().unwrap_or(f64::NEG_INFINITY);
     let mut logs: Vec<f64> = (0..q.len() / p.key_width).map(log).collect();
-    score_rows(case, values).for_each(|row| logs[row.row] = row.log);
+    for Row { row, visible, log, .. } in score_rows(case, values) {
+        logs[row] = log;
+        if case.chosen {
+            let out_row = &mut out[row * p.value_width..][..p.value_width];
+            out_row.fill(0.0);
+            for (key, score, _) in visible {
+                let value = &v[key * p.value_width..][..p.value_width];
+                out_row.iter_mut().zip(value).for_each(|(out, v)| *out += (score - log).exp() * v);
+            }
+        }
+    }
     [out, logs]
 }
 
@@ -258,7 +290,10 @@ fn computed(device: &Device, gpu: &Gpu, case: &Case, values: &Values) -> Results
     let shape = [p.query_heads];
     let sinks =
         case.sinks.then(|| Tensor::from_slice(device, Category::Workspace, &shape, &sink_values).unwrap());
-    let mask = AttentionMask::new(device, p, case.segments().into(), [tokens, keys]).unwrap();
+    let mut mask = AttentionMask::new(device, p, case.segments().into(), [tokens, keys]).unwrap();
+    if case.chosen {
+        mask = mask.with_choice(&case.choice(device)).unwrap();
+    }
     let [out, d_q] = &mut of_outputs[..] else { unreachable!("two were made") };
     let [d_k, d_v] = &mut d_keys[..] else { unreachable!("two were made") };
     gpu.attention(p, &mask, inputs[0], inputs[1], inputs[2], sinks.as_ref(), out, &mut logs);
@@ -355,6 +390,7 @@ impl Case {
             key_heads: p.key_value_heads,
             widths: [p.key_width, p.value_width],
             longest: self.lengths.iter().map(|lengths| lengths.1).max().unwrap_or(0),
+            has_choice: self.chosen,
         }
     }
 }
@@ -416,6 +452,16 @@ fn chunks_of_the_widest_heads_agree_with_the_reference() {
 fn values_narrower_than_keys_agree_with_the_reference() {
     let parameters = AttentionParameters { query_heads: 3, key_value_heads: 3, key_width: 192, ..PLAIN };
     check(&Case { parameters, gap: 2, ..CASE }, &[Like::Itself, Like::A100, Like::Small]);
+}
+
+#[test]
+fn chosen_keys_agree_with_the_reference() {
+    let latent = AttentionParameters { query_heads: 3, key_value_heads: 3, key_width: 192, ..PLAIN };
+    for parameters in [PLAIN, latent] {
+        check(&Case { parameters, gap: 2, chosen: true, ..CASE }, &[Like::Itself, Like::A100, Like::Small]);
+    }
+    let lengths = &[(400, 150), (33, 1)];
+    check(&Case { lengths, chosen: true, sinks: true, ..CASE }, &[Like::Itself]);
 }
 
 #[test]
