@@ -8,8 +8,9 @@
 // sample_best    one group of 256: takes the best token
 // sample_draw    one group of 1024: leaves the TOP_K best where it is not 0, of these the fewest that reach the share top_p
 //                (in 2^-32) where HAS_TOP_P, of these those of at least least_weight; draws one by a word of the key
-// Both move the place on: token [1], position [1] + 1, the visible keys [2 M] of M kinds of masks with limits [2 M], the keys
-// of a window and of a chunk (0 = none), log [log_size] at drawn, counts, drawn + 1. Where no score is finite the log gets the largest number.
+// Both move the place on: token [1], position [1] + 1, the row of caches [M] and the visible rows [2 M] of M kinds of masks with
+// limits [2 M], the keys of a window and of a chunk (0 = none), and caches that begin at positions firsts [M], log [log_size] at
+// drawn, counts, drawn + 1. Where no score is finite the log gets the largest number.
 // Bytes: logits and scores a few times; nothing leaves the device.
 
 #define UNFIT 0xffffffffu
@@ -17,8 +18,10 @@
 struct Place {
     GLOBAL uint* token;
     GLOBAL uint* position;
+    GLOBAL uint* rows;
     GLOBAL int* ranges;
     const GLOBAL uint* limits;
+    const GLOBAL uint* firsts;
     GLOBAL uint* log;
     GLOBAL uint* counts;
     GLOBAL uint* drawn;
@@ -36,8 +39,10 @@ DEVICE void move_on(Place place, uint chosen) {
     for (uint i = 0; i < place.kinds; ++i) {
         uint window = place.limits[2 * i], chunk = place.limits[2 * i + 1], end = position + 1;
         uint near = window > 0 && end > window ? end - window : 0, own = chunk > 0 ? position - position % chunk : 0;
-        place.ranges[2 * i] = (int)(near > own ? near : own);
-        place.ranges[2 * i + 1] = (int)end;
+        uint first = place.firsts[i];
+        place.rows[i] = position - first;
+        place.ranges[2 * i] = (int)((near > own ? near : own) - first);
+        place.ranges[2 * i + 1] = (int)(end - first);
     }
     if (place.counts) place.counts[token] = (place.counts[token] + 1) | 0x80000000u;
 }
@@ -113,12 +118,12 @@ DEVICE void best_of_all(POSITION
 
 KERNEL(sample_best)(GIVEN_POSITION
     const GLOBAL float* best_scores, const GLOBAL uint* best_tokens, GLOBAL uint* token, GLOBAL uint* position,
-    GLOBAL int* ranges, const GLOBAL uint* limits, GLOBAL uint* log, GLOBAL uint* counts, GLOBAL uint* drawn,
-    SCALAR(uint, groups), SCALAR(uint, kinds), SCALAR(uint, log_size)) {
+    GLOBAL uint* rows, GLOBAL int* ranges, const GLOBAL uint* limits, const GLOBAL uint* firsts, GLOBAL uint* log,
+    GLOBAL uint* counts, GLOBAL uint* drawn, SCALAR(uint, groups), SCALAR(uint, kinds), SCALAR(uint, log_size)) {
     SHARED float best[256];
     SHARED uint tokens[256];
     best_of_all(HERE best_scores, best_tokens, groups, best, tokens);
-    Place place = {token, position, ranges, limits, log, counts, drawn, kinds, log_size};
+    Place place = {token, position, rows, ranges, limits, firsts, log, counts, drawn, kinds, log_size};
     float top = best[0];
     if (THREAD == 0) move_on(place, is_nan(top) || top == INFINITE || top == -INFINITE ? UNFIT : tokens[0]);
 }
@@ -264,8 +269,8 @@ DEVICE ulong64 own_weight(POSITION Scores all, Cut cut, ulong64 least, ulong64 b
 
 KERNEL(sample_draw)(GIVEN_POSITION
     const GLOBAL float* scores, const GLOBAL float* best_scores, const GLOBAL uint* best_tokens, GLOBAL uint* token,
-    GLOBAL uint* position, GLOBAL int* ranges, const GLOBAL uint* limits, GLOBAL uint* log, GLOBAL uint* counts,
-    GLOBAL uint* drawn, SCALAR(uint, groups), SCALAR(uint, kinds), SCALAR(uint, log_size), SCALAR(uint, vocabulary),
+    GLOBAL uint* position, GLOBAL uint* rows, GLOBAL int* ranges, const GLOBAL uint* limits, const GLOBAL uint* firsts,
+    GLOBAL uint* log, GLOBAL uint* counts, GLOBAL uint* drawn, SCALAR(uint, groups), SCALAR(uint, kinds), SCALAR(uint, log_size), SCALAR(uint, vocabulary),
     SCALAR(float, factor), SCALAR(uint, top_k), SCALAR(ulong64, top_p), SCALAR(ulong64, least_weight),
     SCALAR(uint, seed_low), SCALAR(uint, seed_high), SCALAR(uint, stream)) {
     SHARED float best[1024];
@@ -301,6 +306,6 @@ KERNEL(sample_draw)(GIVEN_POSITION
         }
     }
     BARRIER();
-    Place place = {token, position, ranges, limits, log, counts, drawn, kinds, log_size};
+    Place place = {token, position, rows, ranges, limits, firsts, log, counts, drawn, kinds, log_size};
     if (THREAD == 0) move_on(place, is_fit ? chosen[0] : UNFIT);
 }

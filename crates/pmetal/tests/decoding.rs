@@ -69,6 +69,8 @@ fn replayed_steps_continue_texts_as_transformers_does() {
         "qwen2-tied",
         "qwen3",
         "deepseek-v32",
+        "qwen3-next",
+        "qwen3-5-text",
     ];
     for folder in names.map(fixture) {
         let decoder = decoder_on(&folder, &device, DType::F32);
@@ -153,6 +155,48 @@ fn a_text_outgrows_its_cache_while_steps_are_replayed() {
         tokens
     });
     assert_eq!(texts[0].len(), 23);
+    assert_eq!(texts[0], texts[1]);
+}
+
+#[test]
+fn steps_are_replayed_while_layers_let_go_of_what_they_see_no_more() {
+    let Some(device) = emulator() else { return };
+    // All layers with windows, windows beside all tokens, chunks.
+    for name in ["mistral-window", "qwen2-window", "llama4-text"] {
+        let prompt: Vec<u32> = (0..500).map(|index| 3 + index * index % 7).collect();
+        let texts = [&Device::cpu(), &device].map(|device| {
+            let decoder = decoder_on(&fixture(name), device, DType::F32);
+            let mut session = Session::new(&decoder).unwrap();
+            // Runs of 250 tokens leave 512 rows to layers with a window, of which 12 are free now.
+            session.extend(&prompt[..250]).unwrap();
+            let sampling = Sampling { temperature: 1.0, seed: 5, ..Sampling::default() };
+            continued(&mut session, &prompt[250..], &sampling, &rules(40)).0
+        });
+        assert_eq!(texts[0].len(), 40);
+        assert_eq!(texts[0], texts[1], "{name}");
+    }
+}
+
+#[test]
+fn a_text_goes_on_after_it_was_cut_to_what_a_window_needs_no_more() {
+    let Some(device) = emulator() else { return };
+    let prompt: Vec<u32> = (0..300).map(|index| 3 + index * index % 7).collect();
+    let texts = [&Device::cpu(), &device].map(|device| {
+        let decoder = decoder_on(&fixture("mistral-window"), device, DType::F32);
+        let mut session = Session::new(&decoder).unwrap();
+        session.extend(&prompt[..260]).unwrap();
+        let logits = session.extend(&prompt[260..]).unwrap();
+        // The cache is empty now, since it began behind what these tokens see; the logits are those of another text.
+        session.truncate(20);
+        let mut tokens = Vec::new();
+        let accept = |token| {
+            tokens.push(token);
+            Ok(true)
+        };
+        session.generate(logits, &Sampling::default(), &rules(12), accept).unwrap();
+        tokens
+    });
+    assert_eq!(texts[0].len(), 12);
     assert_eq!(texts[0], texts[1]);
 }
 

@@ -23,6 +23,18 @@ impl MaskKind {
         let own = self.chunk.map_or(0, |chunk| position - position % chunk.max(1));
         near.max(own)
     }
+
+    /// The position from which on rows are kept for tokens from `position` on, such that masks mean the same when positions
+    /// are counted from there.
+    pub fn first_kept(&self, position: usize) -> usize {
+        let first = self.first_key(position);
+        first - self.chunk.map_or(0, |chunk| first % chunk.max(1))
+    }
+
+    /// The most earlier rows that tokens from some position on need, by [`Self::first_kept`]; `None` where they need all.
+    pub fn reach(&self) -> Option<usize> {
+        self.chunk.or(self.window).map(|keys| keys.saturating_sub(1))
+    }
 }
 
 /// Which keys each query sees: made once for all layers of a batch that have the same kind of mask.
@@ -98,11 +110,6 @@ impl AttentionMask {
         self.segments = segments;
         self.choice = None;
         Ok(())
-    }
-
-    /// The documents, as they are shared.
-    pub fn shared_segments(&self) -> &Arc<[Segment]> {
-        &self.segments
     }
 
     /// The documents.
@@ -200,6 +207,15 @@ mod tests {
                     Segment { query_start: 0, query_length: 1, key_start: 0, key_length: position + 1 };
                 let visible = keys.visible(&parameters, 0);
                 assert_eq!(visible, kind.first_key(position)..position + 1, "{kind:?} at {position}");
+                let first = kind.first_kept(position);
+                assert!(kind.reach().is_none_or(|reach| position - first <= reach), "{kind:?} at {position}");
+                for later in position..position + 20 {
+                    let key_length = later + 1 - first;
+                    let kept = Segment { query_start: 0, query_length: 1, key_start: 0, key_length };
+                    let seen = kept.visible(&parameters, 0);
+                    let seen = seen.start + first..seen.end + first;
+                    assert_eq!(seen, kind.first_key(later)..later + 1, "{kind:?} at {later} of {first}");
+                }
             }
         }
     }

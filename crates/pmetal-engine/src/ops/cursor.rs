@@ -15,12 +15,16 @@ const LOG: usize = 1024;
 pub struct Cursor {
     /// u32 \[1\]: the token that goes through the model next.
     pub(crate) token: Tensor,
-    /// u32 \[1\]: its position in the text and row of caches.
+    /// u32 \[1\]: its position in the text.
     pub(crate) position: Tensor,
-    /// i32 \[kinds of masks, 2\]: first and end of the keys that it sees.
+    /// u32 \[kinds of masks\]: its row of caches.
+    pub(crate) rows: Tensor,
+    /// i32 \[kinds of masks, 2\]: first and end of the rows of caches that it sees.
     pub(crate) ranges: Tensor,
     /// u32 \[kinds of masks, 2\]: keys of a window and of a chunk; 0 = all.
     pub(crate) limits: Tensor,
+    /// u32 \[kinds of masks\]: position of the token in the first row of caches.
+    pub(crate) firsts: Tensor,
     /// u32 \[[`LOG`]\]: tokens that were chosen.
     pub(crate) log: Tensor,
     /// u32 \[1\]: how many were chosen.
@@ -46,8 +50,10 @@ impl Cursor {
         Ok(Self {
             token: zeros(DType::U32, 1)?,
             position: zeros(DType::U32, 1)?,
+            rows: zeros(DType::U32, kinds.len())?,
             ranges: zeros(DType::I32, 2 * kinds.len())?,
             limits: Tensor::from_slice(device, Category::Workspace, &[limits.len()], &limits)?,
+            firsts: zeros(DType::U32, kinds.len())?,
             log: zeros(DType::U32, LOG)?,
             drawn: zeros(DType::U32, 1)?,
             counts: None,
@@ -55,18 +61,36 @@ impl Cursor {
         })
     }
 
-    /// Puts it on a token that is not in the caches yet, whose row there is `position`, after `drawn` draws. `counts` are
-    /// those of [`crate::ops::choose`], the token included.
+    /// Puts it on a token that is not in the caches yet, after `drawn` draws. Caches of the layers of each kind of mask
+    /// hold the text from a position of `firsts` on, one token a row. `counts` are those of [`crate::ops::choose`], the
+    /// token included.
     ///
     /// # Errors
-    /// Out of memory.
-    pub fn place(&mut self, token: u32, position: usize, drawn: u32, counts: Option<&[u32]>) -> Result<()> {
-        let end = position + 1;
-        let visible = self.kinds.iter().flat_map(|kind| [kind.first_key(position) as i32, end as i32]);
-        let visible: Vec<i32> = visible.collect();
+    /// [`Error::Range`] where caches do not hold what the token sees; out of memory.
+    pub fn place(
+        &mut self,
+        (token, position): (u32, usize),
+        firsts: &[usize],
+        drawn: u32,
+        counts: Option<&[u32]>,
+    ) -> Result<()> {
+        expect_shape("cursor", "firsts", &[firsts.len()], &[self.kinds.len()])?;
+        let (mut visible, mut rows) = (Vec::new(), Vec::new());
+        for (kind, &first) in self.kinds.iter().zip(firsts) {
+            let seen = kind.first_key(position);
+            if first > seen {
+                let what = "first token of a cache";
+                return Err(Error::Range { operation: "cursor", what, actual: first, limit: seen + 1 });
+            }
+            visible.extend([seen - first, position + 1 - first].map(|row| row as i32));
+            rows.push((position - first) as u32);
+        }
+        let firsts: Vec<u32> = firsts.iter().map(|&first| first as u32).collect();
         self.token.write_shared(&[token]);
         self.position.write_shared(&[position as u32]);
+        self.rows.write_shared(&rows);
         self.ranges.write_shared(&visible);
+        self.firsts.write_shared(&firsts);
         self.drawn.write_shared(&[drawn]);
         match (counts, &self.counts) {
             (None, _) => self.counts = None,
@@ -87,6 +111,14 @@ impl Cursor {
     /// The position, u32 \[1\], as an input of a step.
     pub fn position(&self) -> Tensor {
         self.position.clone()
+    }
+
+    /// The row of caches of a kind, u32 \[1\], as an input of a step.
+    ///
+    /// # Errors
+    /// [`Error::Range`] for a kind that was not given to [`Self::new`].
+    pub fn row(&self, kind: usize) -> Result<Tensor> {
+        self.rows.slice_rows(kind, 1)
     }
 
     /// The mask of a kind, for caches of `rows` rows; for forward passes alone.

@@ -132,9 +132,8 @@ impl<'a> Session<'a> {
             }
             self.ids.push(token);
             generated += 1;
-            // What a step ahead leaves in a state could not be taken back.
-            let goes_ahead = !self.decoder.device().is_host() && !self.decoder.passes_states();
-            if goes_ahead && let Some(finish) = self.step_on(sampling, rules, &mut generated, &mut accept)? {
+            let steps_on = !self.decoder.device().is_host() && self.cache.tokens() + 1 == self.ids.len();
+            if steps_on && let Some(finish) = self.step_on(sampling, rules, &mut generated, &mut accept)? {
                 return Ok(finish);
             }
             if generated < rules.max_tokens {
@@ -144,8 +143,8 @@ impl<'a> Session<'a> {
         Ok(Finish::Length)
     }
 
-    /// Lets the device go on from the last token of the text by itself; `None` where it cannot, from a text that the cache
-    /// lacks the last token of.
+    /// Lets the device go on by itself from the last token of a text, which is the one that the cache lacks; `None` where it
+    /// cannot, from such a text again.
     fn step_on(
         &mut self,
         sampling: &Sampling,
@@ -153,6 +152,8 @@ impl<'a> Session<'a> {
         generated: &mut usize,
         accept: &mut impl FnMut(u32) -> Result<bool>,
     ) -> Result<Option<Finish>> {
+        // What a token leaves in a state could not be taken back if the text ended before it.
+        let most_ahead = if self.decoder.passes_states() { 1 } else { MOST_AHEAD };
         let (options, mut ahead, mut is_placed) = (sampling.options(), 1, false);
         while *generated < rules.max_tokens {
             let length = self.ids.len();
@@ -165,7 +166,8 @@ impl<'a> Session<'a> {
                 let vocabulary = self.decoder.spec.vocabulary;
                 let counts =
                     options.has_penalties().then(|| sampler::counts_of(vocabulary, &self.ids, *generated));
-                stepper.place(self.ids[length - 1], length - 1, *generated as u32, counts.as_deref())?;
+                let token = (self.ids[length - 1], length - 1);
+                stepper.place(token, &self.cache, *generated as u32, counts.as_deref())?;
                 is_placed = true;
             }
             for _ in 0..steps {
@@ -180,27 +182,24 @@ impl<'a> Session<'a> {
                 self.ids.push(token);
                 *generated += 1;
             }
-            ahead = (2 * ahead).min(MOST_AHEAD);
+            ahead = (2 * ahead).min(most_ahead);
         }
         Ok(Some(Finish::Length))
     }
 
     /// Makes a step for a text that grows by `steps` tokens now and by `wanted` in the end; true where the one that is
-    /// there will do.
+    /// there will do, and is where the text is.
     fn prepare_steps(&mut self, steps: usize, wanted: usize, options: &SampleOptions) -> Result<bool> {
         let length = self.ids.len();
-        let rows = if self.cache.capacity() < length + steps {
-            // The recording would go on with the memory that is replaced.
-            self.stepper = None;
-            self.cache.reserve(length + wanted.min(MOST_RESERVED).max(steps))?
-        } else {
-            self.cache.capacity()
-        };
-        if self.stepper.as_ref().is_some_and(|held| held.fits(self.decoder, rows, length, options)) {
-            return Ok(true);
+        let stays = self.cache.make_room(steps, wanted.min(MOST_RESERVED).max(steps))?;
+        let lengths = [length, length + steps];
+        let held = self.stepper.as_ref();
+        if held.is_some_and(|held| held.fits(self.decoder, &self.cache, lengths, options)) {
+            return Ok(stays);
         }
+        // A recording of memory that was replaced may not be replayed.
         self.stepper = None;
-        self.stepper = Some(Stepper::new(self.decoder, rows, length, *options, self.records)?);
+        self.stepper = Some(Stepper::new(self.decoder, &self.cache, lengths, *options, self.records)?);
         Ok(false)
     }
 }

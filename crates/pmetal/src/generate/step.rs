@@ -17,8 +17,10 @@ pub(super) struct Stepper {
     inputs: Arc<Inputs>,
     cursor: Cursor,
     options: SampleOptions,
-    /// Rows of the cache that it was made for.
-    rows: usize,
+    /// Room of the cache that it was made for.
+    rooms: Vec<usize>,
+    /// Tokens of the longest text that it was made for.
+    most: usize,
     epochs: Vec<usize>,
     /// Whether what a step needs was compiled and allocated.
     is_warm: bool,
@@ -26,46 +28,51 @@ pub(super) struct Stepper {
 }
 
 impl Stepper {
-    /// A step for caches of `rows` rows, for documents of the rotary epochs that `length` tokens have.
+    /// A step for caches with as much room as this, for texts of the rotary epochs that `length` tokens have and of up to
+    /// the next power of two of `most` tokens.
     ///
     /// # Errors
     /// Out of memory.
     pub(super) fn new(
         decoder: &Decoder,
-        rows: usize,
-        length: usize,
+        cache: &KeyValueCache,
+        [length, most]: [usize; 2],
         options: SampleOptions,
         records: bool,
     ) -> Result<Self> {
-        let cursor = Cursor::new(decoder.device(), &decoder.mask_kinds())?;
-        let inputs = Arc::new(decoder.step_inputs(&cursor, rows, length)?);
+        let cursor = Cursor::new(decoder.device(), &decoder.spec.mask_kinds())?;
+        let (rooms, most) = (cache.rooms(), most.next_power_of_two());
+        let inputs = Arc::new(decoder.step_inputs(&cursor, &rooms, [most, length])?);
         let epochs = decoder.epochs(length);
-        Ok(Self { recording: None, inputs, cursor, options, rows, epochs, is_warm: false, records })
+        Ok(Self { recording: None, inputs, cursor, options, rooms, most, epochs, is_warm: false, records })
     }
 
     /// Whether it is the step of such a text.
     pub(super) fn fits(
         &self,
         decoder: &Decoder,
-        rows: usize,
-        length: usize,
+        cache: &KeyValueCache,
+        [length, most]: [usize; 2],
         options: &SampleOptions,
     ) -> bool {
-        self.rows == rows && self.options == *options && self.epochs == decoder.epochs(length)
+        self.rooms == cache.rooms()
+            && self.most >= most
+            && self.options == *options
+            && self.epochs == decoder.epochs(length)
     }
 
-    /// Puts it on a token; see [`Cursor::place`].
+    /// Puts it on a token at its position; see [`Cursor::place`].
     ///
     /// # Errors
     /// Out of memory.
     pub(super) fn place(
         &mut self,
-        token: u32,
-        position: usize,
+        token: (u32, usize),
+        cache: &KeyValueCache,
         drawn: u32,
         counts: Option<&[u32]>,
     ) -> Result<()> {
-        Ok(self.cursor.place(token, position, drawn, counts)?)
+        Ok(self.cursor.place(token, &cache.firsts(), drawn, counts)?)
     }
 
     /// Asks the device for one more token.

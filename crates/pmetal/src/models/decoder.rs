@@ -13,7 +13,6 @@ use pmetal_engine::ops::{
 use pmetal_engine::{Category, DType, Device, Recompute, Tape, Tensor, Var, Weight};
 
 use self::run::Shared;
-pub(super) use self::run::attention_parameters;
 use super::cache::KeyValueCache;
 use super::inputs::{AngleCache, Inputs};
 use super::layer::{Layer, Norm};
@@ -105,12 +104,15 @@ impl Decoder {
     /// # Errors
     /// [`Error::Usage`] when documents do not cover the run, or a cache is given more than one document;
     /// out of memory; a token id beyond the vocabulary.
-    pub fn hidden(&self, tape: &Tape, run: &TokenRun, forward: Forward<'_>) -> Result<Var> {
-        let held = forward.cache.as_ref().map_or(0, |cache| cache.tokens());
-        if forward.cache.is_some() && run.documents.len() != 1 {
-            return Err(Error::Usage(format!("a cache holds one document, not {}", run.documents.len())));
+    pub fn hidden(&self, tape: &Tape, run: &TokenRun, mut forward: Forward<'_>) -> Result<Var> {
+        let tokens = run.ids.len();
+        if let Some(cache) = &mut forward.cache {
+            if run.documents.len() != 1 {
+                return Err(Error::Usage(format!("a cache holds one document, not {}", run.documents.len())));
+            }
+            cache.make_room(tokens, tokens)?;
         }
-        let inputs = Arc::new(self.inputs(run, run.ids.len(), held)?);
+        let inputs = Arc::new(self.inputs(run, tokens, forward.cache.as_deref())?);
         self.hidden_of(tape, &inputs, forward)
     }
 
@@ -141,8 +143,7 @@ impl Decoder {
                 layer.run(tape, states, &shared, cache.map(|cache| (cache, index)))?
             };
         }
-        // Where the device decides on rows, whoever reads its tokens counts them.
-        if let Some(cache) = forward.cache.filter(|_| inputs.cache_rows.is_none()) {
+        if let Some(cache) = forward.cache.filter(|_| !inputs.is_step()) {
             cache.advance(inputs.tokens);
             cache.epochs = self.epochs(cache.tokens());
         }
@@ -201,7 +202,7 @@ impl Decoder {
         gradient_scale: f32,
         forward: Forward<'_>,
     ) -> Result<(Var, CrossEntropy)> {
-        let inputs = Arc::new(self.inputs(run, run.ids.len(), 0)?);
+        let inputs = Arc::new(self.inputs(run, run.ids.len(), None)?);
         let targets = self.targets(labels, run.ids.len())?;
         self.loss_of(tape, &inputs, &targets, gradient_scale, forward)
     }

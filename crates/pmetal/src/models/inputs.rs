@@ -3,11 +3,12 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use pmetal_engine::device::{AttentionMask, Documents, MaskKind, Segment};
+use pmetal_engine::device::{AttentionMask, AttentionParameters, Documents, MaskKind, Segment};
 use pmetal_engine::ops::{self, Cursor, RopeTable, Targets};
 use pmetal_engine::{Category, Tensor};
 
-use super::decoder::{Decoder, TokenRun, attention_parameters};
+use super::cache::KeyValueCache;
+use super::decoder::{Decoder, TokenRun};
 use super::rope::{Positions, Rope};
 use super::spec::AttentionSpec;
 use crate::error::{Error, Result};
@@ -19,15 +20,22 @@ pub struct Inputs {
     pub(super) ids: Tensor,
     /// By the spec's list of rotary embeddings.
     pub(super) ropes: Vec<RopeTable>,
-    /// A mask for every kind of it that layers have.
-    pub(super) masks: Vec<(MaskKind, AttentionMask)>,
+    /// By the spec's kinds of masks.
+    pub(super) seen: Vec<Seen>,
     /// Where documents are, for layers that pass on a state.
     pub(super) documents: Option<Documents>,
     /// Tokens of documents, the others being padding.
     pub(super) tokens: usize,
-    /// u32 \[T\]: rows of the cache that the tokens' keys and values go to, where the device decides. Attention is then
-    /// given all rows of the cache, of which masks show those that are there.
-    pub(super) cache_rows: Option<Tensor>,
+}
+
+/// What layers of one kind of mask see.
+#[derive(Debug, Clone)]
+pub(super) struct Seen {
+    kind: MaskKind,
+    pub(super) mask: AttentionMask,
+    /// u32 \[1\]: the row of the cache that the token's keys and values go to, where the device decides. Attention is then
+    /// given all rows of the cache, of which the mask shows those that are there.
+    pub(super) row: Option<Tensor>,
 }
 
 impl Inputs {
@@ -36,10 +44,15 @@ impl Inputs {
         self.ids.elements()
     }
 
-    /// The mask of a layer.
-    pub(super) fn mask(&self, attention: &AttentionSpec) -> &AttentionMask {
-        let found = self.masks.iter().find(|(kind, _)| *kind == attention.mask);
-        &found.expect("invariant: every layer's mask was made").1
+    /// What a layer sees.
+    pub(super) fn seen(&self, attention: &AttentionSpec) -> &Seen {
+        let found = self.seen.iter().find(|seen| seen.kind == attention.mask);
+        found.expect("invariant: every layer's mask was made")
+    }
+
+    /// Whether the device moves from token to token, so that whoever reads its tokens counts them.
+    pub(super) fn is_step(&self) -> bool {
+        self.seen.iter().any(|seen| seen.row.is_some())
     }
 }
 
@@ -59,33 +72,30 @@ pub(super) struct AngleCache(Mutex<HashMap<usize, Angles>>);
 const FEWEST_POSITIONS: usize = 256;
 
 impl Decoder {
-    /// A run's inputs, filled up with padding to `rows` tokens, which no document sees. `held` tokens of the run's
-    /// single document are in a cache.
+    /// A run's inputs, filled up with padding to `rows` tokens, which no document sees. What the run's single document
+    /// begins with may be in a cache.
     ///
     /// # Errors
     /// [`Error::Usage`] when documents do not cover the run or it does not fit; a token id beyond the vocabulary; out
     /// of memory.
-    pub fn inputs(&self, run: &TokenRun, rows: usize, held: usize) -> Result<Inputs> {
+    pub fn inputs(&self, run: &TokenRun, rows: usize, cache: Option<&KeyValueCache>) -> Result<Inputs> {
         let ids = self.padded_ids(run, rows)?;
         let ids = Tensor::from_slice(&self.device, Category::Activations, &[rows], &ids)?;
         let positions = positions_of(run);
         let ropes = self.spec.ropes.iter().enumerate();
         let ropes =
             ropes.map(|(index, rope)| self.angles(index, rope, &positions, rows)).collect::<Result<_>>()?;
-        let segments = segments_of(run, held);
-        let mut masks: Vec<(MaskKind, AttentionMask)> = Vec::new();
-        for layer in &self.spec.layers {
-            let attention = &layer.attention;
-            if masks.iter().all(|(kind, _)| *kind != attention.mask) {
-                let parameters = attention_parameters(attention);
-                let tokens = [rows, held + rows];
-                let mask = AttentionMask::new(&self.device, &parameters, Arc::clone(&segments), tokens)?;
-                masks.push((attention.mask, mask));
-            }
-        }
-        let documents = self.passes_states().then(|| Documents::new(&self.device, &segments, rows));
-        let documents = documents.transpose()?;
-        Ok(Inputs { ids, ropes, masks, documents, tokens: run.ids.len(), cache_rows: None })
+        let kinds = self.spec.mask_kinds();
+        let held = cache.map_or_else(|| vec![0; kinds.len()], |cache| cache.held().collect());
+        let seen = kinds.into_iter().zip(held).map(|(kind, held)| {
+            let (parameters, segments) = (mask_parameters(kind), segments_of(run, held));
+            let mask = AttentionMask::new(&self.device, &parameters, segments, [rows, held + rows])?;
+            Ok(Seen { kind, mask, row: None })
+        });
+        let seen = seen.collect::<Result<_>>()?;
+        let documents =
+            self.passes_states().then(|| Documents::new(&self.device, &segments_of(run, 0), rows));
+        Ok(Inputs { ids, ropes, seen, documents: documents.transpose()?, tokens: run.ids.len() })
     }
 
     /// Whether layers pass a state from token to token.
@@ -93,35 +103,30 @@ impl Decoder {
         self.spec.layers.iter().any(|layer| layer.delta.is_some())
     }
 
-    /// Every kind of mask that layers have.
-    pub(crate) fn mask_kinds(&self) -> Vec<MaskKind> {
-        let mut kinds = Vec::new();
-        for layer in &self.spec.layers {
-            if !kinds.contains(&layer.attention.mask) {
-                kinds.push(layer.attention.mask);
-            }
-        }
-        kinds
-    }
-
-    /// The inputs of a step that a cursor on [`Self::mask_kinds`] moves through a document of up to `rows` tokens, rotated as
-    /// those of `length` tokens are.
+    /// The inputs of a step that a cursor on [`Spec::mask_kinds`] moves through a document of up to `most` tokens, rotated as
+    /// those of `length` tokens are; `rooms` are those of the cache.
     ///
     /// # Errors
     /// Out of memory.
-    pub(crate) fn step_inputs(&self, cursor: &Cursor, rows: usize, length: usize) -> Result<Inputs> {
-        let last = [Positions { first: rows - 1, count: 1, document_length: length }];
+    pub(crate) fn step_inputs(
+        &self,
+        cursor: &Cursor,
+        rooms: &[usize],
+        [most, length]: [usize; 2],
+    ) -> Result<Inputs> {
+        let last = [Positions { first: most - 1, count: 1, document_length: length }];
         let ropes = self.spec.ropes.iter().enumerate();
         let ropes = ropes.map(|(index, rope)| Ok(self.angles(index, rope, &last, 1)?.at(cursor.position())));
-        let masks = self.mask_kinds().into_iter().enumerate();
-        let masks = masks.map(|(index, kind)| Ok((kind, cursor.mask(index, rows)?)));
+        let seen = self.spec.mask_kinds().into_iter().zip(rooms).enumerate().map(|(index, (kind, &room))| {
+            Ok(Seen { kind, mask: cursor.mask(index, room)?, row: Some(cursor.row(index)?) })
+        });
+        let documents = self.passes_states().then(|| Documents::single(&self.device, 1)).transpose()?;
         Ok(Inputs {
             ids: cursor.token(),
             ropes: ropes.collect::<Result<_>>()?,
-            masks: masks.collect::<Result<_>>()?,
-            documents: None,
+            seen: seen.collect::<Result<_>>()?,
+            documents,
             tokens: 1,
-            cache_rows: Some(cursor.position()),
         })
     }
 
@@ -154,14 +159,8 @@ impl Decoder {
         if let Some(documents) = &mut inputs.documents {
             documents.set(&segments)?;
         }
-        for layer in &self.spec.layers {
-            let attention = &layer.attention;
-            let mask = inputs.masks.iter_mut().find(|(kind, _)| *kind == attention.mask);
-            // Layers share masks.
-            if let Some((_, mask)) = mask.filter(|(_, mask)| !Arc::ptr_eq(mask.shared_segments(), &segments))
-            {
-                mask.set(&attention_parameters(attention), Arc::clone(&segments))?;
-            }
+        for seen in &mut inputs.seen {
+            seen.mask.set(&mask_parameters(seen.kind), Arc::clone(&segments))?;
         }
         inputs.tokens = run.ids.len();
         Ok(true)
@@ -240,6 +239,21 @@ fn padded_rows(positions: &[Positions], rows: usize) -> Vec<u32> {
     let mut all: Vec<u32> = each.map(|position| position as u32).collect();
     all.resize(rows, 0);
     all
+}
+
+/// What masks are made from; they know no heads.
+fn mask_parameters(kind: MaskKind) -> AttentionParameters {
+    AttentionParameters {
+        query_heads: 1,
+        key_value_heads: 1,
+        key_width: 1,
+        value_width: 1,
+        scale: 1.0,
+        softcap: None,
+        window: kind.window,
+        chunk: kind.chunk,
+        causal: true,
+    }
 }
 
 fn segments_of(run: &TokenRun, held: usize) -> Arc<[Segment]> {

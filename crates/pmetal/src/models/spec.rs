@@ -316,6 +316,17 @@ impl FeedForwardSpec {
 }
 
 impl Spec {
+    /// Every kind of mask that layers have.
+    pub fn mask_kinds(&self) -> Vec<MaskKind> {
+        let mut kinds = Vec::new();
+        for layer in &self.layers {
+            if !kinds.contains(&layer.attention.mask) {
+                kinds.push(layer.attention.mask);
+            }
+        }
+        kinds
+    }
+
     /// F of the first layer that has no experts; 0 where there is none.
     pub(super) fn inner(&self) -> usize {
         self.first_dense().map_or(0, |dense| dense.width)

@@ -139,7 +139,7 @@ impl StepInputs {
         batches_before: u32,
     ) -> Result<Self> {
         let each = batches.iter().zip(padded).map(|(batch, &rows)| {
-            let inputs = Arc::new(decoder.inputs(&batch.run, rows, 0)?);
+            let inputs = Arc::new(decoder.inputs(&batch.run, rows, None)?);
             Ok((inputs, decoder.targets(&batch.labels, rows)?))
         });
         let control = AdamWControl::new(decoder.device(), constants)?;

@@ -28,13 +28,15 @@ impl Gpu {
         let place = [
             Argument::from(&cursor.token),
             (&cursor.position).into(),
+            (&cursor.rows).into(),
             (&cursor.ranges).into(),
             (&cursor.limits).into(),
+            (&cursor.firsts).into(),
             (&cursor.log).into(),
             cursor.counts.as_ref().into(),
             (&cursor.drawn).into(),
         ];
-        let sizes = [groups, cursor.limits.elements() / 2, cursor.log.elements()];
+        let sizes = [groups, cursor.firsts.elements(), cursor.log.elements()];
         if constants.is_greedy {
             Kernel::new("sampler", "sample_best")
                 .arguments(&candidates)

@@ -17,7 +17,7 @@ impl Decoder {
     ) -> Result<f64> {
         let tape = Tape::off();
         let shared = Shared {
-            inputs: Arc::new(self.inputs(run, run.ids.len(), 0)?),
+            inputs: Arc::new(self.inputs(run, run.ids.len(), None)?),
             residual_scale: self.spec.residual_scale,
             dropout: None,
             balance: None,

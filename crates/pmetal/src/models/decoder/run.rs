@@ -11,7 +11,7 @@ use pmetal_engine::{DType, Tape, Var};
 use super::indexer::Indexed;
 use crate::error::Result;
 use crate::models::cache::KeyValueCache;
-use crate::models::inputs::Inputs;
+use crate::models::inputs::{Inputs, Seen};
 use crate::models::layer::{
     Attention, Delta, Dense, Experts, FeedForward, Latent, Layer, Mixer, Module, Norm, Projected,
     SharedExpert,
@@ -57,7 +57,7 @@ fn parts<const COUNT: usize>(
     Ok(projected(results))
 }
 
-pub(in crate::models) fn attention_parameters(spec: &AttentionSpec) -> AttentionParameters {
+fn attention_parameters(spec: &AttentionSpec) -> AttentionParameters {
     AttentionParameters {
         query_heads: spec.query_heads,
         key_value_heads: spec.key_value_heads,
@@ -144,15 +144,18 @@ impl Layer {
                 heads
             }
         };
+        let Seen { mask, row, .. } = shared.inputs.seen(spec);
         if let Some((cache, index)) = cache {
-            let rows = shared.inputs.cache_rows.as_ref();
-            let (keys, values) = cache.append(index, key.tensor(), value.tensor(), rows)?;
-            (key, value) = (Var::constant(keys), Var::constant(values));
-            if let Some(indexed) = &mut indexed {
-                indexed.key = cache.append_index_keys(index, &indexed.key, rows)?;
+            let new =
+                [key.tensor(), value.tensor()].into_iter().chain(indexed.iter().map(|chosen| &chosen.key));
+            let mut held = cache.append(index, &new.collect::<Vec<_>>(), row.as_ref())?.into_iter();
+            for own in [&mut key, &mut value] {
+                *own = held.next().map_or_else(|| own.clone(), Var::constant);
+            }
+            if let Some((indexed, keys)) = indexed.as_mut().zip(held.next()) {
+                indexed.key = keys;
             }
         }
-        let mask = shared.inputs.mask(spec);
         let parameters = attention_parameters(spec);
         let chosen = indexed.map(|indexed| indexed.choose(&parameters, mask)).transpose()?.flatten();
         let mask = chosen.as_ref().unwrap_or(mask);
