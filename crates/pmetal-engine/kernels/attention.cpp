@@ -1,4 +1,5 @@
-// Attention for any head width up to 256 and any element type, in f32 inside: the plain twin of the matrix-unit kernels.
+// Attention for any head width up to 256 and any element type, in f32 inside: the plain twin of the matrix-unit kernels. Of
+// wider heads products of matrices make the scores and read the weights, and only what is between them is done here.
 //
 // q [Tq, H, E], k [Tk, K, E], v [Tk, K, Ev], out [Tq, H, Ev] of ELEMENT, each with a pitch between tokens; H / K query heads
 // share a key head. Query t sees keys key_begin[t] <= j < key_end[t]; key j is seen by no query outside query_begin[j] ..
@@ -10,6 +11,8 @@
 // attention_forward  grid (Tq, H), one SIMD group       attention_delta  grid (Tq, H), one SIMD group: deltas f32 [Tq, H]
 // attention_d_query  grid (Tq, H), one SIMD group       attention_d_key  grid (Tk, K), one SIMD group
 // attention_d_sinks  grid H, group 256: d_sinks f32 [H] += -sum of p(sink) * delta, in a fixed order
+// attention_weights  grid (queries, H), group 256: from products f32 [queries, H, Tk] of queries from `first` on with all keys their
+//                    weights ELEMENT [queries, H, Tk], zero for keys that they do not look at
 
 #define LANE_WIDTH 8
 
@@ -175,4 +178,35 @@ KERNEL(attention_d_sinks)(GIVEN_POSITION
     }
     sum = group_sum(HERE sum, scratch);
     if (THREAD == 0) d_sinks[head] += sum;
+}
+
+KERNEL(attention_weights)(GIVEN_POSITION
+    const GLOBAL float* products, GLOBAL ELEMENT* weights, GLOBAL float* log_sums, const GLOBAL int* key_begin,
+    const GLOBAL int* key_end, const GLOBAL float* sinks, const GLOBAL uint* chosen, SCALAR(uint, first), SCALAR(uint, keys),
+    SCALAR(float, scale), SCALAR(float, cap), SCALAR(uint, chosen_words)) {
+    SHARED float scratch[32];
+    uint t = first + GROUP_X, head = GROUP_Y, heads = GROUPS_Y;
+    ulong64 row = (ulong64)(GROUP_X * heads + head) * keys;
+    products += row;
+    weights += row;
+    if (chosen) chosen += (ulong64)t * chosen_words;
+    uint begin = (uint)key_begin[t], end = (uint)key_end[t];
+    float top = sinks ? sinks[head] : -INFINITE, slope;
+    for (uint j = begin + THREAD; j < end; j += THREADS) {
+        if (chosen && !(chosen[j / 32] >> j % 32 & 1)) continue;
+        top = maximum(top, score(products[j], scale, cap, slope));
+    }
+    top = group_max(HERE top, scratch);
+    float total = 0.0f;
+    for (uint j = begin + THREAD; j < end; j += THREADS) {
+        if (chosen && !(chosen[j / 32] >> j % 32 & 1)) continue;
+        total += exponential(score(products[j], scale, cap, slope) - top);
+    }
+    total = group_sum(HERE total, scratch) + (sinks ? exponential(sinks[head] - top) : 0.0f);
+    float share = total > 0.0f || total != total ? 1.0f / total : 0.0f;
+    for (uint j = THREAD; j < keys; j += THREADS) {
+        bool is_seen = j >= begin && j < end && (!chosen || (chosen[j / 32] >> j % 32 & 1));
+        narrow(is_seen ? exponential(score(products[j], scale, cap, slope) - top) * share : 0.0f, weights + j);
+    }
+    if (THREAD == 0) log_sums[t * heads + head] = total == 0.0f ? -INFINITE : top + logarithm(total);
 }

@@ -7,7 +7,9 @@ mod support;
 
 use pmetal::engine::{Category, DType, Device, Tape};
 use pmetal::generate::Session;
+use pmetal::lora;
 use pmetal::models::loader::{self, LoadOptions};
+use pmetal::models::spec::{LatentSpec, Projection};
 use pmetal::models::{Decoder, Forward, TokenRun};
 use support::fixture;
 
@@ -92,6 +94,71 @@ fn a_session_goes_back_to_any_length_of_a_text_that_was_let_go_of() {
             let logits = session.extend(&other[kept..]).unwrap();
             assert_eq!(session.ids(), other);
             assert_same(&decoder, &logits, &other, name);
+        }
+    }
+}
+
+const LATENT: [&str; 4] = ["deepseek-v3", "deepseek-v3-no-q-lora", "deepseek-v32", "deepseek-v32-bias"];
+
+fn latent_of(decoder: &Decoder) -> LatentSpec {
+    let Projection::Latent(latent) = decoder.spec.layers[0].attention.projection else {
+        panic!("{} has no latent vectors", decoder.spec.family)
+    };
+    latent
+}
+
+#[test]
+fn latent_attention_keeps_one_vector_and_the_rotated_key_of_a_token() {
+    for name in LATENT {
+        let decoder = decoder_of(name);
+        let (latent, ids) = (latent_of(&decoder), text(&decoder, 300));
+        let mut session = Session::new(&decoder).unwrap();
+        session.extend(&ids[..200]).unwrap();
+        let columns =
+            latent.key_value_rank + latent.rotated_width + latent.indexer.map_or(0, |indexer| indexer.width);
+        let bytes = |rows: usize| decoder.spec.layers.len() * 4 * rows * columns;
+        assert_eq!(cache_bytes(&decoder), bytes(256), "{name}");
+        session.extend(&ids[200..]).unwrap();
+        assert_eq!(cache_bytes(&decoder), bytes(512), "{name}");
+    }
+}
+
+#[test]
+fn latent_vectors_give_the_logits_of_heads_of_keys_and_values() {
+    for name in LATENT {
+        let decoder = decoder_of(name);
+        let ids = text(&decoder, 700);
+        let mut session = Session::new(&decoder).unwrap();
+        let mut end = 0;
+        // Runs that make keys and values of what is held, and runs that do not.
+        for count in [3, 1, 100, 9, 1, 30, 530, 1, 2, 8, 12] {
+            let logits = session.extend(&ids[end..end + count]).unwrap();
+            end += count;
+            assert_same(&decoder, &logits, &ids[..end], name);
+        }
+    }
+}
+
+#[test]
+fn adapters_take_part_where_keys_and_values_are_not_made() {
+    // The adapter of the last leaves keys and values alone.
+    for &name in &LATENT[..3] {
+        let mut decoder = decoder_of(name);
+        let ids = text(&decoder, 40);
+        let plain = full_forward(&decoder, &ids);
+        lora::load(&mut decoder, &fixture(name).join("adapter"), false).unwrap();
+        let adapted = |module: &str| module.ends_with("kv_b_proj");
+        let names = lora::tensors(&decoder).unwrap();
+        assert!(names.iter().any(|(name, _)| name.split(".lora_").next().is_some_and(adapted)), "{name}");
+        let changed = full_forward(&decoder, &ids);
+        assert!(plain.iter().zip(&changed).any(|(plain, changed)| (plain - changed).abs() > 1e-2), "{name}");
+        let mut session = Session::new(&decoder).unwrap();
+        let mut logits = session.extend(&ids[..2]).unwrap();
+        for end in 2..=ids.len() {
+            assert_same(&decoder, &logits, &ids[..end], name);
+            if end < ids.len() {
+                logits = session.extend(&ids[end..=end]).unwrap();
+            }
         }
     }
 }

@@ -300,6 +300,19 @@ impl Finish<'_> {
     }
 }
 
+/// For each head N of its S rows of a matrix \[H * S, K\].
+#[derive(Clone, Copy)]
+pub struct HeadRows<'a> {
+    /// The matrix.
+    pub matrix: &'a Tensor,
+    /// S.
+    pub rows: usize,
+    /// The first of the head's rows that is meant, and N.
+    pub part: [usize; 2],
+    /// Whether heads are multiplied with columns of these rows: \[N\] becomes \[K\].
+    pub by_columns: bool,
+}
+
 /// One gradient of a weight: `out [M, N] += scale * left^T right` with left \[T, M\] and right \[T, N\].
 pub struct WeightGradient<'a> {
     /// The gradient of what the weight gave.
@@ -685,6 +698,13 @@ pub trait Kernels: Send + Sync {
 
     /// `target` \[T, 1, width\] = the sum over heads, in their order and in f32, of columns `first ..` of `source` \[T, H, E\].
     fn sum_heads(&self, source: &Tensor, first: usize, target: &mut Tensor);
+
+    /// Each head of x \[T, H, K\] times rows of its own, or of x \[T, H, N\] times their columns; written to `out`, or added
+    /// to it.
+    ///
+    /// # Errors
+    /// Out of memory.
+    fn head_products(&self, x: &Tensor, rows: &HeadRows<'_>, out: &mut Tensor, adds: bool) -> Result<()>;
 
     /// Turns f32 logits \[t, V\] into their gradient, in their memory, and adds the losses, in nats, to `sum`. Labels are
     /// i32 \[t\]; rows with -100 get no gradient and add nothing. `gradient` is the type that products will read; a

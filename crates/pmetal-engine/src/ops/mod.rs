@@ -1,6 +1,7 @@
 //! The fused operations of a decoder. Each file states its contract, holds the forward and backward pass,
 //! and in its tests a slow reference in f64.
 
+mod absorbed;
 mod attention;
 mod choice;
 mod columns;
@@ -24,6 +25,7 @@ mod softcap;
 mod tests;
 
 pub use crate::device::{Gate, Groups, PairedGate, Router};
+pub use absorbed::{absorb_queries, expand_results};
 pub use attention::{attention, attention_with_spare};
 pub use choice::choose_keys;
 pub use columns::split_columns;

@@ -112,6 +112,11 @@ impl<'a> Session<'a> {
         self.stepper = None;
     }
 
+    /// Whether the device replays a step that it recorded.
+    pub fn replays_steps(&self) -> bool {
+        self.stepper.as_ref().is_some_and(Stepper::replays)
+    }
+
     /// Continues the text from `logits` until a rule or the caller ends it. `accept` sees every token in order and
     /// returns whether to go on; a device with memory of its own may have computed more by then, which nobody sees.
     ///

@@ -61,6 +61,11 @@ impl Stepper {
             && self.epochs == decoder.epochs(length)
     }
 
+    /// Whether it is replayed.
+    pub(super) fn replays(&self) -> bool {
+        self.recording.is_some()
+    }
+
     /// Puts it on a token at its position; see [`Cursor::place`].
     ///
     /// # Errors

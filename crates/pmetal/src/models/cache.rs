@@ -59,8 +59,8 @@ impl Span {
 struct LayerCache {
     /// Number of the kind of its mask.
     kind: usize,
-    /// What it keeps a row of for each token: keys \[T, K, E\], values \[T, K, Ev\] and, where it chooses among keys, those by
-    /// which it does, \[T, E\].
+    /// What it keeps a row of for each token: keys \[T, K, E\] and values \[T, K, Ev\]; or the latent vectors of both with the
+    /// rotated part of keys, \[T, 1, R + E\], and, where it chooses among keys, those by which it does, \[T, E\].
     stores: Vec<Tensor>,
     /// What a layer of linear attention passes from token to token.
     states: Option<Box<(ConvolutionState, DeltaState)>>,
@@ -76,10 +76,16 @@ impl LayerCache {
             return Ok(Self { kind, stores: Vec::new(), states: Some(Box::new((inputs, state))) });
         }
         let AttentionSpec { key_value_heads, head_width, value_width, projection, .. } = layer.attention;
-        let mut shapes = vec![vec![0, key_value_heads, head_width], vec![0, key_value_heads, value_width]];
-        if let Projection::Latent(latent) = projection {
-            shapes.extend(latent.indexer.map(|indexer| vec![0, indexer.width]));
-        }
+        let shapes = match projection {
+            Projection::Apart | Projection::Fused => {
+                vec![vec![0, key_value_heads, head_width], vec![0, key_value_heads, value_width]]
+            }
+            Projection::Latent(latent) => {
+                let index_keys = latent.indexer.map(|indexer| vec![0, indexer.width]);
+                let both = vec![0, 1, latent.key_value_rank + latent.rotated_width];
+                [both].into_iter().chain(index_keys).collect()
+            }
+        };
         let empty = |shape: Vec<usize>| Tensor::zeros(device, Category::Cache, dtype, &shape);
         let stores = shapes.into_iter().map(empty).collect::<pmetal_engine::Result<_>>()?;
         Ok(Self { kind, stores, states: None })

@@ -1,6 +1,7 @@
 //! The one forward pass of all families.
 
 mod indexer;
+mod latent;
 mod reference;
 mod run;
 

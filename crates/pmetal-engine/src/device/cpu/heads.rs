@@ -2,7 +2,10 @@
 
 use rayon::prelude::*;
 
+use super::gemm::{Epilogue, MatrixMut, MatrixRef, Product, gemm_on_this_thread};
 use super::simd::{Element, multiversion, with_element};
+use crate::device::HeadRows;
+use crate::tape::arithmetic_for;
 use crate::tensor::Tensor;
 
 pub(super) fn copy_heads(source: &Tensor, target: &mut Tensor, firsts: [usize; 2], width: usize) {
@@ -47,6 +50,39 @@ pub(super) fn sum_heads(source: &Tensor, first: usize, target: &mut Tensor) {
             || vec![0.0; width],
             |sums, (out, token)| sum_token(token, stride, first, sums, out),
         );
+    });
+}
+
+/// Heads are multiplied side by side, each by one thread.
+pub(super) fn head_products(x: &Tensor, rows: &HeadRows<'_>, out: &mut Tensor, adds: bool) {
+    let (tokens, heads, width, features) = (x.shape()[0], x.shape()[1], x.columns(), out.columns());
+    if out.elements() == 0 {
+        return;
+    }
+    let all = |tensor| MatrixRef::row_major(super::elements(tensor), tensor.rows(), tensor.columns());
+    let lefts = MatrixRef::row_major(super::elements(x), tokens, heads * width);
+    let (matrix, [first, count]) = (all(rows.matrix), rows.part);
+    let mut sums = vec![0.0_f32; out.elements()];
+    sums.par_chunks_exact_mut(tokens * features).enumerate().for_each(|(head, sums)| {
+        let start = head * rows.rows + first;
+        let own = matrix.part(start..start + count, 0..matrix.columns());
+        let left = lefts.part(0..tokens, head * width..(head + 1) * width);
+        let right = if rows.by_columns { own } else { own.transposed() };
+        let target = MatrixMut::row_major(sums, tokens, features);
+        gemm_on_this_thread(
+            &[Product { left, right }],
+            target,
+            &Epilogue::default(),
+            arithmetic_for(x.dtype()),
+        );
+    });
+    with_element!(out.dtype(), X => {
+        for (index, out) in out.as_mut_slice::<X>().chunks_exact_mut(features).enumerate() {
+            let (token, head) = (index / heads, index % heads);
+            for (value, sum) in out.iter_mut().zip(&sums[(head * tokens + token) * features..]) {
+                *value = X::narrow(if adds { sum + value.widen() } else { *sum });
+            }
+        }
     });
 }
 

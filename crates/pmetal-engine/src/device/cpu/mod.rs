@@ -16,8 +16,8 @@ pub(crate) mod simd;
 
 use crate::device::{
     AdamWControl, AdamWEntry, Arithmetic, AttentionMask, AttentionParameters, CrossEntropyParameters,
-    DropoutMask, ExpertKernels, Finish, GateActivation, Held, Kernels, LayerNorm, NormWeight, Operand,
-    RopeRows, Sum,
+    DropoutMask, ExpertKernels, Finish, GateActivation, HeadRows, Held, Kernels, LayerNorm, NormWeight,
+    Operand, RopeRows, Sum,
 };
 use crate::error::{Error, Result};
 use crate::random::RandomKey;
@@ -287,6 +287,11 @@ impl Kernels for Cpu {
 
     fn sum_heads(&self, source: &Tensor, first: usize, target: &mut Tensor) {
         heads::sum_heads(source, first, target);
+    }
+
+    fn head_products(&self, x: &Tensor, rows: &HeadRows<'_>, out: &mut Tensor, adds: bool) -> Result<()> {
+        heads::head_products(x, rows, out, adds);
+        Ok(())
     }
 
     fn cross_entropy(

@@ -3,6 +3,7 @@
 mod matrix;
 #[cfg(test)]
 mod tests;
+mod wide;
 
 use super::Gpu;
 use super::launch::Kernel;
@@ -167,6 +168,7 @@ impl Gpu {
                 self.attend_matrix(inputs, &shape, out, log_sum_exp);
                 Ok(())
             }
+            None if inputs.is_wide() => self.attend_wide(inputs, out, log_sum_exp),
             None => {
                 self.attend_portable(inputs, out, log_sum_exp);
                 Ok(())
@@ -284,6 +286,7 @@ impl Gpu {
         let form = if has_form { shape.backward(&self.facts) } else { None };
         let result = match form {
             Some(form) => self.attend_backward_matrix(inputs, &shape, form, saved, d_inputs, d_sinks),
+            None if inputs.is_wide() => Err(inputs.too_wide(self.runtime.name())),
             None => self.attend_backward_portable(inputs, saved, d_inputs, d_sinks),
         };
         if let Err(error) = result {

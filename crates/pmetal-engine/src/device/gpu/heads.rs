@@ -2,8 +2,11 @@
 
 use super::Gpu;
 use super::launch::Kernel;
+use super::launch::is_aligned;
 use super::runtime::Argument;
 use crate::Tensor;
+use crate::device::HeadRows;
+use crate::error::Result;
 
 impl Gpu {
     pub(super) fn copy_head_columns(
@@ -38,6 +41,30 @@ impl Gpu {
             .arguments(&[Argument::Address(address), (&mut *target).into()])
             .sizes(&[heads, width, source.pitch(), stride, target.pitch()])
             .launch(self.runtime.as_ref(), [tokens, width.div_ceil(256), 1], 256);
+    }
+
+    pub(super) fn multiply_heads(
+        &self,
+        x: &Tensor,
+        rows: &HeadRows<'_>,
+        out: &mut Tensor,
+        adds: bool,
+    ) -> Result<()> {
+        let matrix = self.in_type(rows.matrix, x.dtype())?;
+        let ([tokens, heads, _], inner, [first, features]) = (sizes(x), matrix.columns(), rows.part);
+        let (name, groups) = match rows.by_columns {
+            true => ("head_columns", inner.div_ceil(512)),
+            false => ("head_rows", features.div_ceil(8)),
+        };
+        // Heads of x are read one element at a time where its columns are not the matrix's.
+        let wide: &[&Tensor] = if rows.by_columns { &[&matrix] } else { &[&matrix, x] };
+        Kernel::new("heads", name)
+            .element(x.dtype())
+            .aligned(is_aligned(inner, wide))
+            .arguments(&[x.into(), (&matrix).into(), out.into()])
+            .sizes(&[tokens, features, inner, rows.rows, first, matrix.pitch(), adds.into()])
+            .launch(self.runtime.as_ref(), [groups, heads, tokens.div_ceil(4)], 256);
+        Ok(())
     }
 }
 

@@ -34,8 +34,8 @@ use runtime::{Argument, DeviceFacts};
 
 use super::{
     AdamWControl, AdamWEntry, Arithmetic, AttentionMask, AttentionParameters, CrossEntropyParameters,
-    DeltaKernels, DropoutMask, ExpertKernels, Finish, Fp8Kernels, GateActivation, Held, Kernels, LayerNorm,
-    NormWeight, Operand, Riding, RopePairing, RopeRows, RowKernel, Share, Sum, WeightGradient,
+    DeltaKernels, DropoutMask, ExpertKernels, Finish, Fp8Kernels, GateActivation, HeadRows, Held, Kernels,
+    LayerNorm, NormWeight, Operand, Riding, RopePairing, RopeRows, RowKernel, Share, Sum, WeightGradient,
 };
 use crate::error::Result;
 use crate::memory::Category;
@@ -534,6 +534,10 @@ impl Kernels for Gpu {
 
     fn sum_heads(&self, source: &Tensor, first: usize, target: &mut Tensor) {
         self.sum_head_columns(source, first, target);
+    }
+
+    fn head_products(&self, x: &Tensor, rows: &HeadRows<'_>, out: &mut Tensor, adds: bool) -> Result<()> {
+        self.multiply_heads(x, rows, out, adds)
     }
 
     fn cross_entropy(

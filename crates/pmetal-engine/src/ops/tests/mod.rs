@@ -3,6 +3,7 @@
 //! Tolerances are relative to the largest value: 1e-5 for f32, 1.5e-2 for bf16 (8 bits, and intermediate results are
 //! rounded too), 2e-3 for f16 (11 bits); operations that round more often state theirs.
 
+mod absorbed;
 mod attention;
 mod choice;
 mod columns;

@@ -11,7 +11,7 @@ use pmetal_engine::{DType, Tape, Var};
 use super::indexer::Indexed;
 use crate::error::Result;
 use crate::models::cache::KeyValueCache;
-use crate::models::inputs::{Inputs, Seen};
+use crate::models::inputs::Inputs;
 use crate::models::layer::{
     Attention, Delta, Dense, Experts, FeedForward, Latent, Layer, Mixer, Module, Norm, Projected,
     SharedExpert,
@@ -28,13 +28,29 @@ pub(super) struct Shared {
 }
 
 impl Shared {
-    fn options(&self) -> LinearOptions<'_> {
+    pub(super) fn options(&self) -> LinearOptions<'_> {
         LinearOptions { dropout: self.dropout.as_ref(), ..LinearOptions::default() }
     }
 }
 
+/// What attention reads: queries \[T, H, E\], keys \[Tk, K, E\] and values \[Tk, K, Ev\].
+pub(super) struct Heads<'a> {
+    pub(super) query: Var,
+    pub(super) key: Var,
+    pub(super) value: Var,
+    /// The gate of the result.
+    pub(super) gate: Option<Var>,
+    /// What keys are chosen by.
+    pub(super) indexed: Option<Indexed>,
+    /// Where keys and values are latent vectors, what makes heads of the result.
+    pub(super) absorbed: Option<&'a Latent>,
+}
+
+/// A cache and the number of the layer that uses it.
+pub(super) type LayerCache<'a> = (&'a mut KeyValueCache, usize);
+
 /// As many results as a group has layers.
-fn projected<const COUNT: usize>(results: Vec<Var>) -> [Var; COUNT] {
+pub(super) fn projected<const COUNT: usize>(results: Vec<Var>) -> [Var; COUNT] {
     match results.try_into() {
         Ok(results) => results,
         Err(_) => unreachable!("invariant: a group has a result for each layer"),
@@ -57,12 +73,12 @@ fn parts<const COUNT: usize>(
     Ok(projected(results))
 }
 
-fn attention_parameters(spec: &AttentionSpec) -> AttentionParameters {
+fn attention_parameters(spec: &AttentionSpec, [key, value]: [&Var; 2]) -> AttentionParameters {
     AttentionParameters {
         query_heads: spec.query_heads,
-        key_value_heads: spec.key_value_heads,
-        key_width: spec.head_width,
-        value_width: spec.value_width,
+        key_value_heads: key.tensor().shape()[1],
+        key_width: key.tensor().columns(),
+        value_width: value.tensor().columns(),
         scale: spec.scale,
         softcap: spec.softcap,
         window: spec.mask.window,
@@ -72,7 +88,7 @@ fn attention_parameters(spec: &AttentionSpec) -> AttentionParameters {
 }
 
 /// The norm of what a group reads, with room for what its adapters make of it; x itself where there is none.
-fn normed(tape: &Tape, x: &Var, norm: Option<&Norm>, reader: Option<&LinearGroup>) -> Result<Var> {
+pub(super) fn normed(tape: &Tape, x: &Var, norm: Option<&Norm>, reader: Option<&LinearGroup>) -> Result<Var> {
     let spare = reader.map_or(Spare::default(), |reader| Spare {
         result: reader.spare(),
         gradient: 0,
@@ -88,7 +104,7 @@ impl Layer {
         tape: &Tape,
         states: Var,
         shared: &Shared,
-        cache: Option<(&mut KeyValueCache, usize)>,
+        cache: Option<LayerCache<'_>>,
     ) -> Result<Var> {
         let input = normed(tape, &states, self.before_attention.as_ref(), Some(self.mixer.reader()))?;
         let (mixed, output) = match &self.mixer {
@@ -127,42 +143,26 @@ impl Layer {
         input: &Var,
         weights: &Attention,
         shared: &Shared,
-        cache: Option<(&mut KeyValueCache, usize)>,
+        cache: Option<LayerCache<'_>>,
     ) -> Result<Var> {
         let spec = &self.spec.attention;
         let tokens = input.tensor().rows();
-        let (mut indexed, mut gate) = (None, None);
-        let [query, mut key, mut value] = match &weights.projection {
-            Projected::Heads(module) => {
-                let heads;
-                (heads, gate) = self.heads(tape, input, (weights, module), shared)?;
-                heads
-            }
-            Projected::Latent(latent) => {
-                let heads;
-                (heads, indexed) = latent.heads(tape, input, spec, shared)?;
-                heads
-            }
+        let Heads { query, key, value, gate, indexed, absorbed } = match &weights.projection {
+            Projected::Heads(module) => self.heads(tape, input, (weights, module), shared, cache)?,
+            Projected::Latent(latent) => latent.heads(tape, input, spec, shared, cache)?,
         };
-        let Seen { mask, row, .. } = shared.inputs.seen(spec);
-        if let Some((cache, index)) = cache {
-            let new =
-                [key.tensor(), value.tensor()].into_iter().chain(indexed.iter().map(|chosen| &chosen.key));
-            let mut held = cache.append(index, &new.collect::<Vec<_>>(), row.as_ref())?.into_iter();
-            for own in [&mut key, &mut value] {
-                *own = held.next().map_or_else(|| own.clone(), Var::constant);
-            }
-            if let Some((indexed, keys)) = indexed.as_mut().zip(held.next()) {
-                indexed.key = keys;
-            }
-        }
-        let parameters = attention_parameters(spec);
+        let mask = &shared.inputs.seen(spec).mask;
+        let parameters = attention_parameters(spec, [&key, &value]);
         let chosen = indexed.map(|indexed| indexed.choose(&parameters, mask)).transpose()?.flatten();
         let mask = chosen.as_ref().unwrap_or(mask);
         let spare = weights.output.group.spare();
-        let (inputs, own_spare) = ([&query, &key, &value], if gate.is_some() { 0 } else { spare });
+        let own_spare = if gate.is_some() || absorbed.is_some() { 0 } else { spare };
         let sinks = weights.sinks.as_ref().map(|sinks| &sinks.weight);
-        let out = ops::attention_with_spare(tape, &parameters, mask, inputs, sinks, own_spare)?;
+        let inputs = [&query, &key, &value];
+        let mut out = ops::attention_with_spare(tape, &parameters, mask, inputs, sinks, own_spare)?;
+        if let Some(latent) = absorbed {
+            out = latent.expand_results(tape, &out, spec)?;
+        }
         let out = out.reshape(&[tokens, spec.query_heads * spec.value_width])?;
         let Some(gate) = gate else { return Ok(out) };
         let carried = GatedOptions { spare, ..GatedOptions::default() };
@@ -176,7 +176,8 @@ impl Layer {
         input: &Var,
         (weights, module): (&Attention, &Module),
         shared: &Shared,
-    ) -> Result<([Var; 3], Option<Var>)> {
+        cache: Option<LayerCache<'_>>,
+    ) -> Result<Heads<'_>> {
         let spec = &self.spec.attention;
         let tokens = input.tensor().rows();
         let counts = [spec.query_heads, spec.key_value_heads, spec.key_value_heads];
@@ -200,7 +201,7 @@ impl Layer {
         };
         let mut query = heads(query, spec.query_heads, weights.query_norm.as_ref())?;
         let mut key = heads(key, spec.key_value_heads, weights.key_norm.as_ref())?;
-        let value = heads(value, spec.key_value_heads, None)?;
+        let mut value = heads(value, spec.key_value_heads, None)?;
         if let Some(rope) = spec.rope {
             [query, key] = ops::rope_all(tape, [query, key], &shared.inputs.ropes[rope])?;
         }
@@ -211,19 +212,18 @@ impl Layer {
         if let Some(temperature) = spec.temperature {
             [query] = ops::rope_all(tape, [query], &shared.inputs.ropes[temperature])?;
         }
-        Ok(([query, key, value], gate))
+        if let Some((cache, index)) = cache {
+            let row = shared.inputs.seen(spec).row.as_ref();
+            let held = cache.append(index, &[key.tensor(), value.tensor()], row)?;
+            [key, value] = projected(held.into_iter().map(Var::constant).collect());
+        }
+        Ok(Heads { query, key, value, gate, indexed: None, absorbed: None })
     }
 }
 
 impl Delta {
     /// Linear attention over normed states; the result is \[T, H * E\].
-    fn run(
-        &self,
-        tape: &Tape,
-        input: &Var,
-        shared: &Shared,
-        cache: Option<(&mut KeyValueCache, usize)>,
-    ) -> Result<Var> {
+    fn run(&self, tape: &Tape, input: &Var, shared: &Shared, cache: Option<LayerCache<'_>>) -> Result<Var> {
         let (spec, tokens) = (&self.spec, input.tensor().rows());
         let documents = shared.inputs.documents.as_ref();
         let documents = documents.expect("invariant: inputs of such a decoder say where documents are");
@@ -264,56 +264,6 @@ impl Delta {
         let mixed = ops::join_heads(tape, &parts.each_ref())?.reshape(&[tokens, queries + keys + values])?;
         let heads = [tokens, spec.value_heads];
         Ok([mixed, gate.reshape(&[tokens, values])?, beta.reshape(&heads)?, a.reshape(&heads)?])
-    }
-}
-
-impl Latent {
-    /// Queries and keys \[T, H, E\], values \[T, H, Ev\], of which keys and values come from one latent vector; and what
-    /// keys are chosen by.
-    fn heads(
-        &self,
-        tape: &Tape,
-        input: &Var,
-        spec: &AttentionSpec,
-        shared: &Shared,
-    ) -> Result<([Var; 3], Option<Indexed>)> {
-        let (tokens, heads) = (input.tensor().rows(), spec.query_heads);
-        let (rank, turned) = (self.spec.key_value_rank, self.spec.rotated_width);
-        let unturned = spec.head_width - turned;
-        let [first, second] = projected(ops::linear_group(tape, input, &self.input.group, shared.options())?);
-        let normed = |x: &Var, norm: &Norm, module: &Module| normed(tape, x, Some(norm), Some(&module.group));
-        let expanded = |x: &Var, module: &Module| -> Result<Var> {
-            let [out] = projected(ops::linear_group(tape, x, &module.group, shared.options())?);
-            Ok(out)
-        };
-        let mut indexed = None;
-        let query = match &self.query {
-            Some((norm, module)) => {
-                let latent = normed(&first, norm, module)?;
-                if let Some(indexer) = &self.indexer {
-                    let table = spec.rope.map(|rope| &shared.inputs.ropes[rope]);
-                    indexed = Some(indexer.run(input.tensor(), latent.tensor(), table)?);
-                }
-                expanded(&latent, module)?
-            }
-            None => first,
-        };
-        let query = query.reshape(&[tokens, heads, spec.head_width])?;
-        let [query, mut turned_query] = projected(ops::split_heads(tape, &query, &[unturned, turned])?);
-        let [latent, turned_key] = projected(ops::split_columns(tape, second, &[rank, turned])?);
-        let mut turned_key = turned_key.reshape(&[tokens, 1, turned])?;
-        let latent = normed(&latent, &self.key_value_norm, &self.key_value)?;
-        let both = expanded(&latent, &self.key_value)?;
-        let both = both.reshape(&[tokens, heads, unturned + spec.value_width])?;
-        let [key, value] = projected(ops::split_heads(tape, &both, &[unturned, spec.value_width])?);
-        if let Some(rope) = spec.rope {
-            let table = &shared.inputs.ropes[rope];
-            [turned_query] = ops::rope_all(tape, [turned_query], table)?;
-            [turned_key] = ops::rope_all(tape, [turned_key], table)?;
-        }
-        let query = ops::join_heads(tape, &[&query, &turned_query])?;
-        let key = ops::join_heads(tape, &[&key, &turned_key])?;
-        Ok(([query, key, value], indexed))
     }
 }
 

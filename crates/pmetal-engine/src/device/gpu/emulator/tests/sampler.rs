@@ -135,6 +135,6 @@ fn more_tokens_than_are_remembered_are_refused() {
     assert!(cursor.chosen(0, Cursor::MOST_CHOSEN + 1).is_err());
     assert!(Cursor::new(&Device::cpu(), &[MaskKind::default()]).is_err());
     let mut cursor = Cursor::new(&device, &KINDS).unwrap();
-    let gone = cursor.place((0, 9), &[0, 0, 9, 0, 0], 0, None).unwrap_err().to_string();
+    let gone = cursor.place((0, 10), &[0, 0, 10, 0, 0], 0, None).unwrap_err().to_string();
     assert!(gone.contains("first token of a cache"), "{gone}");
 }
