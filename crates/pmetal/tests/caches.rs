@@ -22,7 +22,7 @@ fn decoder_of(name: &str) -> Decoder {
 
 fn text(decoder: &Decoder, length: usize) -> Vec<u32> {
     let limit = decoder.spec.vocabulary as u64;
-    (0..length as u64).map(|index| ((index * index * 2_654_435_761 >> 7) % limit) as u32).collect()
+    (0..length as u64).map(|index| (((index * index * 2_654_435_761) >> 7) % limit) as u32).collect()
 }
 
 fn full_forward(decoder: &Decoder, ids: &[u32]) -> Vec<f32> {
