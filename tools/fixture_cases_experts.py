@@ -39,6 +39,12 @@ MIXTRAL_CASES = [
               target_parameters=["mlp.experts.down_proj"]),
          tokens=25, padding=BOTH, storage="bfloat16", grow=[ROUTER],
          matters=[[("sliding_window", None)], [("sliding_window", 8)], [("num_experts_per_tok", 2)]]),
+    # The loss and all gradients hold the loss that balances experts; padding has no part in it.
+    Case("mixtral-balance",
+         mixtral(output_router_logits=True, router_aux_loss_coef=0.6, num_local_experts=5, num_experts_per_tok=2,
+                 intermediate_size=10),
+         lora(rank=2, targets=["q_proj", "v_proj"], target_parameters=EXPERTS), tokens=23, seed=3, padding=BOTH,
+         grow=[ROUTER], matters=[[("num_experts_per_tok", 1)]], ignored=[[("output_router_logits", False)]]),
 ]
 
 

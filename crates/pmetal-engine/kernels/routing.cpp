@@ -7,7 +7,8 @@
 // choose_experts           grid T, group 32: weights f32 [T, k] and chosen u32 [T, k], the best first. `groups` > 0: only experts
 //                          of the `open_groups` groups with the largest sums of two. `by_scores`: scores are compared, plus
 //                          `correction` f32 [X] if `corrected`; else logits are
-// choose_experts_backward  grid T, group 32: d_logits [T, X] of d_weights (if `weighted`) and of the balance (if `balanced`)
+// choose_experts_backward  grid T, group 32: d_logits [T, X] of d_weights (if `weighted`) and of the balance (if `balanced`),
+//                          times `factor` f32 [1]
 // rank_pairs               grid parts, group 512: ranks u32 [P] of each pair among the part's of its expert, counts u32 [parts, X]
 // sum_counts               one group of at least X: counts become what is before each part; offsets u32 [X + 1]; tiles u32
 //                          [tiles, 3]: expert, first row, rows
@@ -133,9 +134,9 @@ KERNEL(choose_experts)(GIVEN_POSITION
 
 KERNEL(choose_experts_backward)(GIVEN_POSITION
     const GLOBAL ELEMENT* logits, const GLOBAL uint* chosen, const GLOBAL float* d_weights, const GLOBAL float* balance,
-    const GLOBAL float* mask, GLOBAL ELEMENT* d_logits, SCALAR(uint, experts), SCALAR(uint, pitch), SCALAR(uint, d_pitch),
-    SCALAR(uint, choices), SCALAR(uint, normalised), SCALAR(float, epsilon), SCALAR(float, scale), SCALAR(float, factor),
-    SCALAR(uint, weighted), SCALAR(uint, balanced), SCALAR(uint, masked)) {
+    const GLOBAL float* mask, const GLOBAL float* factor, GLOBAL ELEMENT* d_logits, SCALAR(uint, experts),
+    SCALAR(uint, pitch), SCALAR(uint, d_pitch), SCALAR(uint, choices), SCALAR(uint, normalised), SCALAR(float, epsilon),
+    SCALAR(float, scale), SCALAR(uint, weighted), SCALAR(uint, balanced), SCALAR(uint, masked)) {
     SHARED float scores[MOST_EXPERTS];
     SHARED float slopes[MOST_EXPERTS];
     ulong64 token = GROUP_X;
@@ -143,7 +144,7 @@ KERNEL(choose_experts_backward)(GIVEN_POSITION
     d_logits += token * d_pitch;
     score_row(HERE logits, experts, scores);
     float tokens = balanced ? balance[2 * experts] : 0.0f;
-    float each = tokens > 0.0f ? factor * (float)experts / (tokens * tokens) : 0.0f;
+    float each = tokens > 0.0f ? factor[0] * (float)experts / (tokens * tokens) : 0.0f;
     if (masked) each *= mask[token];
     for (uint i = THREAD; i < experts; i += 32) slopes[i] = balanced ? each * balance[experts + i] : 0.0f;
     BARRIER();

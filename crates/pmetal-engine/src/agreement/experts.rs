@@ -45,7 +45,8 @@ pub(super) fn routed(inputs: &Inputs<'_>, experts: usize) -> Result<Vec<Tensor>>
         kernels.choose_experts_backward(&logits, &router, &chosen, Some(&d_weights), None, &mut d_logits);
         results.extend([weights, loss, d_logits]);
         if router.gate == Gate::Softmax {
-            let slope = BalanceSlope { sums: &sums, mask: Some(&mask), factor: 10.0 };
+            let factor = inputs.place(DType::F32, &[1], 0, &[10.0])?;
+            let slope = BalanceSlope { sums: &sums, mask: Some(&mask), factor: &factor };
             kernels.choose_experts_backward(
                 &logits,
                 &router,

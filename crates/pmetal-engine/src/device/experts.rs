@@ -91,8 +91,8 @@ pub struct BalanceSlope<'a> {
     pub sums: &'a Tensor,
     /// Weight of each token, f32 \[T\]; absent = 1.
     pub mask: Option<&'a Tensor>,
-    /// Gradient of the loss.
-    pub factor: f32,
+    /// Gradient of the loss, f32 \[1\].
+    pub factor: &'a Tensor,
 }
 
 /// How the two halves of a gated activation lie in a row of twice its width.

@@ -6,6 +6,8 @@
 //! `adapter.loss`, `adapter.grad.{tensor}`, `greedy` \[1, N\] after the first 8 ids of row 0, `dequant.{tensor}`,
 //! `bf16.logits` \[B, T, V\] (the reference's own in bf16, whose error our bf16 logits may have twice).
 //!
+//! Losses and gradients include the loss that balances experts where the configuration asks for it (`output_router_logits`).
+//!
 //! In f32, logits are judged by their largest error as a share of their standard deviation. Hidden states are judged
 //! row by row, the 2-norm of the error over that of the row: trained models hold a few tokens whose states are
 //! hundreds of times as long as all others, whose rounding would drown a common measure.
@@ -13,7 +15,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
-use pmetal_engine::{DType, Device, Parameter, Tape, Tensor};
+use pmetal_engine::ops::CrossEntropy;
+use pmetal_engine::{DType, Device, Parameter, Tape, Tensor, Var};
 use pmetal_formats::checkpoint::Checkpoint;
 use pmetal_formats::safetensors::SafetensorsFile;
 
@@ -21,7 +24,7 @@ use crate::error::{Error, Result};
 use crate::generate::{Sampling, Session, StopRules};
 use crate::lora::{self, experts::Half};
 use crate::models::loader::{self, LoadOptions};
-use crate::models::{Decoder, Document, Forward, Spec, TokenRun, families};
+use crate::models::{BalanceInputs, Decoder, Document, Forward, Spec, TokenRun, families};
 
 /// Ids of row 0 that the greedy continuation starts from.
 const GREEDY_PROMPT: usize = 8;
@@ -391,8 +394,8 @@ impl Check<'_> {
         let quantity = format!("{prefix}loss");
         let (true, Some(targets)) = (self.expected.has(&quantity), &batch.targets) else { return Ok(()) };
         let wanted = f64::from(self.expected.file.read_f32(&quantity)?.first().copied().unwrap_or(f32::NAN));
-        let (_, loss) = decoder.loss(&Tape::off(), &batch.run, targets, 1.0, Forward::default())?;
-        let error = (loss.sum.read()? / loss.tokens as f64 - wanted).abs();
+        let (_, loss, balance) = loss_of(decoder, &Tape::off(), batch, targets, 1.0)?;
+        let error = (loss.sum.read()? / loss.tokens as f64 + balance - wanted).abs();
         let tolerance = if self.narrow() { NARROW_LOSS_TOLERANCE } else { LOSS_TOLERANCE };
         self.record(quantity, "error / loss", error, error / wanted.abs(), tolerance);
         Ok(())
@@ -406,7 +409,7 @@ impl Check<'_> {
         let trained = targets.iter().filter(|target| **target >= 0).count();
         let tape = Tape::recording();
         let scale = 1.0 / trained.max(1) as f32;
-        let (states, loss) = decoder.loss(&tape, &batch.run, targets, scale, Forward::default())?;
+        let (states, loss, _) = loss_of(decoder, &tape, batch, targets, scale)?;
         if let Some(d_hidden) = loss.d_hidden {
             tape.backward(&states, d_hidden)?;
         }
@@ -508,6 +511,29 @@ impl Check<'_> {
         }
         Ok(())
     }
+}
+
+/// The states, the loss of a batch whose gradient is multiplied by `scale`, and what balances experts, its coefficient
+/// included, which the reference adds to the mean of the loss.
+fn loss_of(
+    decoder: &Decoder,
+    tape: &Tape,
+    batch: &Batch,
+    targets: &[i32],
+    scale: f32,
+) -> Result<(Var, CrossEntropy, f64)> {
+    let tokens = batch.run.ids.len();
+    let inputs = decoder.balance_inputs(tokens, tokens, 1.0)?;
+    let balance = inputs.as_ref().map(BalanceInputs::begin).transpose()?;
+    let forward = Forward { balance: balance.clone(), ..Forward::default() };
+    let (states, loss) = decoder.loss(tape, &batch.run, targets, scale, forward)?;
+    let added = match inputs.zip(balance) {
+        Some((inputs, balance)) => {
+            f64::from(inputs.coefficient()) * f64::from(balance.loss()?.to_f32_vec()?[0])
+        }
+        None => 0.0,
+    };
+    Ok((states, loss, added))
 }
 
 /// The largest of some numbers; NaN if one of them is.

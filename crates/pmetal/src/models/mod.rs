@@ -1,5 +1,6 @@
 //! Model families as values, and the one decoder that computes them.
 
+pub mod balance;
 pub mod cache;
 pub mod config;
 pub mod decoder;
@@ -11,6 +12,7 @@ pub mod loader;
 pub mod rope;
 pub mod spec;
 
+pub use balance::BalanceInputs;
 pub use cache::KeyValueCache;
 pub use config::Config;
 pub use decoder::{Decoder, Document, Forward, TokenRun};

@@ -285,6 +285,15 @@ pub struct ExpertsSpec {
     pub balance: Option<f32>,
 }
 
+/// The loss that balances the load of all experts.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct BalanceSpec {
+    /// X.
+    pub experts: usize,
+    /// Its factor in the loss that is trained.
+    pub coefficient: f32,
+}
+
 /// An expert for all tokens.
 #[derive(Debug, Clone)]
 pub struct SharedSpec {
@@ -341,6 +350,17 @@ impl Spec {
         self.layers.iter().find_map(|layer| match &layer.feed_forward {
             FeedForwardSpec::Dense(dense) => Some(dense),
             FeedForwardSpec::Experts(_) => None,
+        })
+    }
+
+    /// The loss that balances experts, where the configuration asks for one; it is a part of the loss of training, not of
+    /// that of evaluation.
+    pub fn balance(&self) -> Option<BalanceSpec> {
+        self.layers.iter().find_map(|layer| match &layer.feed_forward {
+            FeedForwardSpec::Experts(part) => {
+                part.balance.map(|coefficient| BalanceSpec { experts: part.count, coefficient })
+            }
+            FeedForwardSpec::Dense(_) => None,
         })
     }
 

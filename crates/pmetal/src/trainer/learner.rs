@@ -8,7 +8,7 @@ use pmetal_engine::{Category, Device, Error as EngineError, Parameter, Recompute
 
 use crate::error::{Error, Result};
 use crate::models::inputs::padded_labels;
-use crate::models::{Decoder, Forward, Inputs, TokenRun};
+use crate::models::{BalanceInputs, Decoder, Forward, Inputs, TokenRun};
 
 /// Tokens of one forward pass with their targets.
 #[derive(Debug, Clone)]
@@ -71,8 +71,10 @@ impl Default for OptimizerSettings {
 /// What one step did.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct StepReport {
-    /// Sum of the losses over the number of trained tokens, in nats.
+    /// Sum of the losses over the number of trained tokens, in nats, with what balances experts.
     pub loss: f64,
+    /// The loss that balances experts, before its coefficient; absent where there is none.
+    pub balance_loss: Option<f64>,
     /// 2-norm of all gradients before clipping.
     pub gradient_norm: f64,
     /// Tokens that went through the model.
@@ -96,9 +98,40 @@ pub struct Learner {
 
 /// What one optimizer step reads, in the device's memory.
 struct StepInputs {
-    batches: Vec<(Arc<Inputs>, Targets)>,
+    batches: Vec<BatchInputs>,
     control: AdamWControl,
     masks: Masks,
+}
+
+/// What one micro-batch reads, in the device's memory.
+struct BatchInputs {
+    inputs: Arc<Inputs>,
+    targets: Targets,
+    balance: Option<BalanceInputs>,
+}
+
+impl BatchInputs {
+    /// Gradients are those of sums over trained tokens until the optimizer divides, so a micro-batch's balance, which is a
+    /// mean already, counts as often as it has trained tokens.
+    fn new(decoder: &Decoder, batch: &MicroBatch, rows: usize) -> Result<Self> {
+        let inputs = Arc::new(decoder.inputs(&batch.run, rows, None)?);
+        let targets = decoder.targets(&batch.labels, rows)?;
+        let balance = decoder.balance_inputs(batch.run.ids.len(), rows, batch.trained_tokens() as f32)?;
+        Ok(Self { inputs, targets, balance })
+    }
+
+    /// Takes on another micro-batch in the same memory; false when that does not hold it.
+    fn overwrite(&mut self, decoder: &Decoder, batch: &MicroBatch) -> Result<bool> {
+        let Some(inputs) = Arc::get_mut(&mut self.inputs) else { return Ok(false) };
+        if !decoder.overwrite_inputs(inputs, &batch.run)? {
+            return Ok(false);
+        }
+        self.targets.set(&padded_labels(&batch.labels, inputs.rows()), decoder.spec.vocabulary)?;
+        if let Some(balance) = &mut self.balance {
+            balance.set(batch.run.ids.len(), batch.trained_tokens() as f32);
+        }
+        Ok(true)
+    }
 }
 
 /// What masks of dropout depend on beside the micro-batch.
@@ -138,10 +171,7 @@ impl StepInputs {
         constants: AdamWParameters,
         batches_before: u32,
     ) -> Result<Self> {
-        let each = batches.iter().zip(padded).map(|(batch, &rows)| {
-            let inputs = Arc::new(decoder.inputs(&batch.run, rows, None)?);
-            Ok((inputs, decoder.targets(&batch.labels, rows)?))
-        });
+        let each = batches.iter().zip(padded).map(|(batch, &rows)| BatchInputs::new(decoder, batch, rows));
         let control = AdamWControl::new(decoder.device(), constants)?;
         let masks = Masks::new(decoder.device(), batches_before)?;
         Ok(Self { batches: each.collect::<Result<_>>()?, control, masks })
@@ -152,6 +182,8 @@ impl StepInputs {
 struct DeviceSums {
     /// Loss of each micro-batch.
     losses: Vec<Sum>,
+    /// What balances experts, f32 \[1\] of each micro-batch, where something does.
+    balances: Vec<Tensor>,
     /// Squares of all gradients.
     squares: Sum,
 }
@@ -159,13 +191,15 @@ struct DeviceSums {
 /// [`DeviceSums`] on the host.
 struct StepSums {
     losses: Vec<f64>,
+    balances: Vec<f64>,
     squares: f64,
 }
 
 impl DeviceSums {
     fn read(&self) -> Result<StepSums> {
         let losses = self.losses.iter().map(Sum::read).collect::<std::result::Result<_, _>>()?;
-        Ok(StepSums { losses, squares: self.squares.read()? })
+        let balances = self.balances.iter().map(|balance| Ok(f64::from(balance.to_vec::<f32>()?[0])));
+        Ok(StepSums { losses, balances: balances.collect::<Result<_>>()?, squares: self.squares.read()? })
     }
 }
 
@@ -188,12 +222,10 @@ impl RecordedStep {
         if batches.len() != self.inputs.batches.len() {
             return Ok(false);
         }
-        for (batch, (inputs, targets)) in batches.iter().zip(&mut self.inputs.batches) {
-            let Some(inputs) = Arc::get_mut(inputs) else { return Ok(false) };
-            if !decoder.overwrite_inputs(inputs, &batch.run)? {
+        for (batch, inputs) in batches.iter().zip(&mut self.inputs.batches) {
+            if !inputs.overwrite(decoder, batch)? {
                 return Ok(false);
             }
-            targets.set(&padded_labels(&batch.labels, inputs.rows()), decoder.spec.vocabulary)?;
         }
         self.inputs.control.set(constants);
         self.inputs.masks.set(batches_before);
@@ -250,7 +282,9 @@ impl Learner {
     /// One optimizer step over some micro-batches; `step` counts from 0.
     ///
     /// The loss is the sum over trained tokens divided by their number in the whole step, so that it does not
-    /// depend on how the tokens were divided into micro-batches. When the step fails, parameters and moments are
+    /// depend on how the tokens were divided into micro-batches. What balances experts is computed for each micro-batch over
+    /// its tokens, as `transformers` does for each forward pass, and its mean is taken with the numbers of trained tokens as
+    /// weights: the step's loss is so the mean of what `transformers` gives for its micro-batches. When the step fails, parameters and moments are
     /// those from before it. On a device that records work, a step of a shape that came before is replayed at once.
     ///
     /// # Errors
@@ -305,20 +339,25 @@ impl Learner {
     /// Computes gradients and updates parameters; nothing is read back from a device.
     fn compute(&mut self, inputs: &StepInputs) -> Result<DeviceSums> {
         let device = self.decoder.device().clone();
-        let mut losses = Vec::with_capacity(inputs.batches.len());
-        for (index, (batch, targets)) in inputs.batches.iter().enumerate() {
+        let (mut losses, mut balances) = (Vec::with_capacity(inputs.batches.len()), Vec::new());
+        for (index, batch) in inputs.batches.iter().enumerate() {
             let tape = match self.settings.recompute {
                 Recompute::None => Tape::keeping_all(),
                 Recompute::Full if self.settings.offloads => Tape::recording().putting_aside(&device),
                 Recompute::Cheap | Recompute::Full => Tape::recording(),
             };
+            let balance = batch.balance.as_ref().map(BalanceInputs::begin).transpose()?;
             let forward = Forward {
                 recompute: self.settings.recompute,
                 dropout: Some(inputs.masks.of(self.settings.seed, index as u32)),
+                balance: balance.clone(),
                 ..Forward::default()
             };
             // The number of trained tokens divides once, in the optimizer.
-            let (states, loss) = self.decoder.loss_of(&tape, batch, targets, 1.0, forward)?;
+            let (states, loss) = self.decoder.loss_of(&tape, &batch.inputs, &batch.targets, 1.0, forward)?;
+            if let Some(balance) = balance {
+                balances.push(balance.loss()?);
+            }
             if let Some(d_hidden) = loss.d_hidden {
                 tape.backward_of(states, d_hidden)?;
             }
@@ -327,13 +366,13 @@ impl Learner {
         let squares = ops::sum_of_squares(&device, &self.parameters)?;
         let is_bad = |loss: &Sum| loss.read().is_ok_and(|loss| !loss.is_finite());
         if device.is_host() && losses.iter().any(is_bad) {
-            return Ok(DeviceSums { losses, squares });
+            return Ok(DeviceSums { losses, balances, squares });
         }
         let decays = |parameter: &Parameter| {
             !parameter.name().ends_with(".bias") && !parameter.name().contains("norm")
         };
         ops::adamw(&self.parameters, &mut self.states, &inputs.control, Some(&squares), decays)?;
-        Ok(DeviceSums { losses, squares })
+        Ok(DeviceSums { losses, balances, squares })
     }
 
     fn report(
@@ -353,9 +392,16 @@ impl Learner {
         if !gradient_norm.is_finite() {
             return Err(self.bad_gradient(step, batches));
         }
-        let loss = sums.losses.iter().sum::<f64>() / trained_tokens as f64;
+        let mut loss = sums.losses.iter().sum::<f64>() / trained_tokens as f64;
+        let weighed = batches.iter().zip(&sums.balances);
+        let balanced: f64 = weighed.map(|(batch, balance)| batch.trained_tokens() as f64 * balance).sum();
+        let balance_loss = self.decoder.spec.balance().map(|balance| {
+            let mean = balanced / trained_tokens as f64;
+            loss += f64::from(balance.coefficient) * mean;
+            mean
+        });
         let tokens = batches.iter().map(|batch| batch.run.ids.len()).sum();
-        Ok(StepReport { loss, gradient_norm, tokens, trained_tokens })
+        Ok(StepReport { loss, balance_loss, gradient_norm, tokens, trained_tokens })
     }
 
     fn constants(&self, step: usize, learning_rate: f64, trained_tokens: usize) -> AdamWParameters {
@@ -387,7 +433,7 @@ impl Learner {
         ))
     }
 
-    /// Sum of losses and number of trained tokens of a batch, without training.
+    /// Sum of losses and number of trained tokens of a batch, without training and without what balances experts.
     ///
     /// # Errors
     /// Out of memory; a token beyond the vocabulary.

@@ -32,9 +32,13 @@ pub struct Header {
 pub struct StepRecord {
     /// Optimizer steps that were finished; the first report of a run that reports each step has 1.
     pub step: u64,
-    /// Mean loss per trained token. Written as null when not finite.
+    /// Mean loss per trained token, with what balances experts. Written as null when not finite.
     #[serde(deserialize_with = "null_is_nan")]
     pub loss: f64,
+    /// The loss that balances experts, before its coefficient: of each micro-batch, weighed by its trained tokens. Only where
+    /// the model's configuration asks for it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub balance_loss: Option<f64>,
     /// Learning rate of the last step.
     pub lr: f64,
     /// Norm of all gradients before clipping, at the last step. Written as null when not finite.
@@ -208,6 +212,7 @@ mod tests {
         Record::Step(StepRecord {
             step,
             loss: 1.0 / step as f64,
+            balance_loss: step.is_multiple_of(2).then_some(2.5),
             lr: 2e-4,
             grad_norm: 0.1,
             tokens_per_second: 1234.5,

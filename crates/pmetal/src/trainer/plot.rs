@@ -221,6 +221,7 @@ mod tests {
             step,
             loss,
             lr: zero,
+            balance_loss: None,
             grad_norm: zero,
             tokens_per_second: zero,
             trained_tokens: 0,

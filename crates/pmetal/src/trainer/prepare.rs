@@ -151,6 +151,12 @@ pub fn prepare(resolved: &mut ResolvedConfig, device: &Device) -> Result<Prepare
     if offloads && !device.can_put_aside() && config.device != DeviceChoice::Cpu {
         notes.push(format!("`offload_activations` has no effect on `{}`", device.name()));
     }
+    if let Some(balance) = model.decoder.spec.balance() {
+        let coefficient = balance.coefficient;
+        notes.push(format!(
+            "`output_router_logits`: the loss includes {coefficient} times the loss that balances experts"
+        ));
+    }
     let accumulation = config.gradient_accumulation_steps;
     let batches = DatasetBatches { dataset, plan, accumulation, evaluation };
     if base == BaseStorage::Fp8 {

@@ -116,6 +116,9 @@ struct Progress {
 struct Window {
     /// Loss times trained tokens.
     loss: f64,
+    /// What balances experts, times trained tokens.
+    #[serde(default)]
+    balance_loss: Option<f64>,
     trained_tokens: usize,
     tokens: usize,
     seconds: f64,
@@ -279,6 +282,9 @@ impl<'a> TrainingRun<'a> {
         self.progress.elapsed_s += seconds;
         let window = &mut self.progress.window;
         window.loss += report.loss * report.trained_tokens as f64;
+        if let Some(balance_loss) = report.balance_loss {
+            *window.balance_loss.get_or_insert(0.0) += balance_loss * report.trained_tokens as f64;
+        }
         window.trained_tokens += report.trained_tokens;
         window.tokens += report.tokens;
         window.seconds += seconds;
@@ -288,6 +294,7 @@ impl<'a> TrainingRun<'a> {
             let record = StepRecord {
                 step: done as u64,
                 loss: window.loss / window.trained_tokens as f64,
+                balance_loss: window.balance_loss.map(|sum| sum / window.trained_tokens as f64),
                 lr: rate,
                 grad_norm: report.gradient_norm,
                 tokens_per_second: window.tokens as f64 / window.seconds.max(1e-9),

@@ -128,13 +128,19 @@ impl Watcher {
         self.first_loss.get_or_insert(record.loss);
         self.latest = Some(record.clone());
         self.peak_bytes = record.peak_bytes as usize;
-        self.fact(json!({
+        let mut fact = json!({
             "event": "step", "step": record.step, "loss": record.loss, "lr": record.lr,
             "grad_norm": record.grad_norm, "tokens_per_second": record.tokens_per_second,
             "peak_bytes": record.peak_bytes,
-        }));
+        });
+        let mut balance = String::new();
+        if let Some(loss) = record.balance_loss {
+            fact["balance_loss"] = json!(loss);
+            balance = format!("  balance {loss:.4}");
+        }
+        self.fact(fact);
         let text = format!(
-            "loss {:.4}  lr {:.2e}  norm {:.3}  {:.0} tokens/s  {}",
+            "loss {:.4}{balance}  lr {:.2e}  norm {:.3}  {:.0} tokens/s  {}",
             record.loss,
             record.lr,
             record.grad_norm,

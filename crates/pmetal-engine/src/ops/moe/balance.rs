@@ -21,17 +21,20 @@ pub struct Balance(Rc<State>);
 struct State {
     experts: usize,
     mask: Option<Tensor>,
-    factor: f32,
+    factor: Tensor,
     sums: RefCell<Tensor>,
 }
 
 impl Balance {
-    /// The balance of no layer yet. `mask`, f32 \[T\], weighs tokens: 1 for those that count, 0 for others. `factor` is the
-    /// gradient of this loss: its coefficient times whatever the whole loss is multiplied by.
+    /// The balance of no layer yet. `mask`, f32 \[T\], weighs tokens: 1 for those that count, 0 for others. `factor`, f32
+    /// \[1\], is the gradient of this loss: its coefficient times whatever the whole loss is multiplied by. Both are read
+    /// where they lie, so that recorded work reads what they hold when it is replayed.
     ///
     /// # Errors
-    /// [`Error::DType`] for a mask of another type; out of memory.
-    pub fn new(device: &Device, experts: usize, mask: Option<Tensor>, factor: f32) -> Result<Self> {
+    /// [`Error::DType`] for a mask or factor of another type; [`Error::Shape`] for more than one factor; out of memory.
+    pub fn new(device: &Device, experts: usize, mask: Option<Tensor>, factor: Tensor) -> Result<Self> {
+        expect_dtype("balance", "factor", factor.dtype(), DType::F32)?;
+        expect_shape("balance", "factor", factor.shape(), &[1])?;
         if let Some(mask) = &mask {
             expect_dtype("balance", "mask", mask.dtype(), DType::F32)?;
         }
@@ -72,6 +75,6 @@ impl Balance {
     }
 
     pub(super) fn slope<'a>(&'a self, sums: &'a Tensor) -> BalanceSlope<'a> {
-        BalanceSlope { sums, mask: self.0.mask.as_ref(), factor: self.0.factor }
+        BalanceSlope { sums, mask: self.0.mask.as_ref(), factor: &self.0.factor }
     }
 }

@@ -45,7 +45,7 @@ fn read(config: &Config) -> Result<Spec> {
     part.router.normalise = Some(0.0);
     part.width = spec.inner();
     (part.transposed, part.bias) = (true, true);
-    part.balance = balance_factor(config, 0.9)?;
+    part.balance = balance_factor(config, 0.001)?;
     // What others say by other names.
     config.pass_over(&["initial_context_length", "experts_per_token"]);
     for layer in &mut spec.layers {

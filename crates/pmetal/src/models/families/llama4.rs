@@ -5,8 +5,8 @@ use pmetal_engine::device::RopePairing;
 use pmetal_engine::ops::{Gate, Weighting};
 
 use super::{
-    Defaults, Family, attention_biases, balance_factor, change_dense, experts, layers_of_kind, plain,
-    shared_expert, text_part,
+    Defaults, Family, attention_biases, change_dense, experts, layers_of_kind, plain, shared_expert,
+    text_part,
 };
 use crate::error::Result;
 use crate::models::config::Config;
@@ -53,8 +53,8 @@ fn read(family: &'static str, config: &Config) -> Result<Spec> {
     (part.transposed, part.swapped_adapters) = (true, true);
     part.router.gate = Gate::Sigmoid;
     part.shared = Some(shared_expert(&spec, "feed_forward.shared_expert", width, None));
-    part.balance = balance_factor(config, 0.001)?;
-    config.get("router_jitter_noise");
+    // transformers gives this family no balancing loss, whatever is asked for.
+    config.pass_over(&["router_aux_loss_coef", "output_router_logits", "router_jitter_noise"]);
     let layers = spec.layers.len();
     let step = config.optional_size("interleave_moe_layer_step")?.unwrap_or(1);
     let listed = config.layer_numbers("moe_layers", layers)?;

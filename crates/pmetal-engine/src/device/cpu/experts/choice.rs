@@ -187,8 +187,9 @@ pub(super) fn backward(
     d_logits: &mut Tensor,
 ) {
     let (experts, choices) = (logits.columns(), router.choices);
-    let of_all =
-        balance.map(|balance| balance_slopes(balance.sums.as_slice::<f32>(), experts, balance.factor));
+    let of_all = balance.map(|balance| {
+        balance_slopes(balance.sums.as_slice::<f32>(), experts, balance.factor.as_slice::<f32>()[0])
+    });
     let mask = balance.and_then(|balance| balance.mask).map(Tensor::as_slice::<f32>);
     let (chosen, d_weights) = (chosen.as_slice::<u32>(), d_weights.map(Tensor::as_slice::<f32>));
     with_element!(logits.dtype(), X => {

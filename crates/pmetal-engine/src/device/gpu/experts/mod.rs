@@ -87,13 +87,13 @@ impl ExpertKernels for Gpu {
         d_logits: &mut Tensor,
     ) {
         let (sums, mask) = (balance.map(|balance| balance.sums), balance.and_then(|balance| balance.mask));
+        let factor = balance.map(|balance| balance.factor);
         let (tokens, d_pitch) = (logits.rows(), d_logits.pitch());
         Self::routing("choose_experts_backward", logits.dtype(), router.gate)
             .arguments(&[logits.into(), chosen.into(), d_weights.into(), sums.into(), mask.into()])
-            .arguments(&[d_logits.into()])
+            .arguments(&[factor.into(), d_logits.into()])
             .sizes(&[logits.columns(), logits.pitch(), d_pitch, router.choices])
             .arguments(&router_arguments(router))
-            .arguments(&[Argument::F32(balance.map_or(0.0, |balance| balance.factor))])
             .arguments(&[flag(d_weights.is_some()), flag(sums.is_some()), flag(mask.is_some())])
             .launch(self.runtime.as_ref(), [tokens, 1, 1], 32);
     }

@@ -2,7 +2,7 @@
 //! `DeepseekV3TopkRouter`, `GptOssTopKRouter`, `Llama4Router` and `GptOssExperts`.
 
 use super::*;
-use crate::ops::{self, Balance, PairedGate};
+use crate::ops::{self, PairedGate};
 
 on_every_device! {
     routers_choose_and_weigh_as_those_of_transformers,
@@ -102,7 +102,7 @@ fn the_balance_and_its_gradient_are_those_of_transformers(device: &Device) {
     ];
     for (mask, loss, fourth) in [(None, 2.127_287_9, all), (Some(mask), 2.101_740_6, some)] {
         let tape = Tape::recording();
-        let balance = Balance::new(device, EXPERTS, mask, 1.0).unwrap();
+        let balance = balance_by(device, EXPERTS, mask, 1.0);
         let leaves = [logits(device, 0.7, 0.1), logits(device, 1.3, 0.4)].map(|logits| tape.leaf(logits));
         let route = |leaf| ops::route(&tape, leaf, &PLAIN, None, Some(&balance)).unwrap();
         let [_first, second] = leaves.each_ref().map(route);

@@ -181,7 +181,7 @@ impl Mixture {
 /// Results of a mixture on a tape, its block computed again or not.
 fn run(device: &Device, dtype: DType, tape: &Tape, again: bool) -> Vec<Vec<u32>> {
     let mixture = std::rc::Rc::new(Mixture::new(device, dtype));
-    let balance = ops::Balance::new(device, EXPERTS, None, 0.1).unwrap();
+    let balance = balance_by(device, EXPERTS, None, 0.1);
     let x = tape.leaf(tensor(device, dtype, &[TOKENS, WIDTH], &numbers("x", TOKENS * WIDTH, dtype)));
     let y = if again {
         let (inner, balance) = (std::rc::Rc::clone(&mixture), balance.clone());

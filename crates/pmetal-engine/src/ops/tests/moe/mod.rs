@@ -8,6 +8,17 @@ mod rows;
 use super::*;
 use crate::ops::{Gate, Groups, Router, Routing};
 
+/// The balance of no layer yet, whose gradient is that number.
+pub(super) fn balance_by(
+    device: &Device,
+    experts: usize,
+    mask: Option<Tensor>,
+    factor: f64,
+) -> crate::ops::Balance {
+    let factor = tensor(device, DType::F32, &[1], &[factor]);
+    crate::ops::Balance::new(device, experts, mask, factor).unwrap()
+}
+
 /// A softmax over all experts, as it is.
 pub(super) const PLAIN: Router =
     Router { gate: Gate::Softmax, choices: 2, normalise: None, groups: None, scale: 1.0 };

@@ -1,5 +1,5 @@
 use super::*;
-use crate::ops::{self, Balance};
+use crate::ops;
 
 on_every_device! {
     choices_and_their_weights_agree_with_the_reference,
@@ -145,7 +145,7 @@ fn the_balance_of_experts_agrees_with_the_reference(device: &Device) {
             let mask: Vec<f64> = (0..tokens).map(|token| f64::from(u8::from(token % 3 != 1))).collect();
             let place = masked.then(|| tensor(device, DType::F32, &[tokens], &mask));
             let tape = Tape::recording();
-            let balanced = Balance::new(device, experts, place, 0.5).unwrap();
+            let balanced = balance_by(device, experts, place, 0.5);
             let leaves: Vec<Var> = inputs
                 .iter()
                 .map(|logits| tape.leaf(tensor(device, dtype, &[tokens, experts], logits)))
@@ -177,7 +177,7 @@ fn a_balance_is_the_same_where_blocks_are_computed_again(device: &Device) {
     let (tokens, experts) = (20, 6);
     let logits = numbers("logits", tokens * experts, DType::F32);
     let run = |again: bool| {
-        let balanced = Balance::new(device, experts, None, 2.0).unwrap();
+        let balanced = balance_by(device, experts, None, 2.0);
         let tape = Tape::recording();
         let leaf = tape.leaf(tensor(device, DType::F32, &[tokens, experts], &logits));
         let inner = balanced.clone();
@@ -204,7 +204,7 @@ fn the_choice_of_experts_has_the_same_bits_everywhere() {
             let tape = Tape::recording();
             let logits = numbers("logits", tokens * experts, DType::F32);
             let leaf = tape.leaf(tensor(&device, DType::F32, &[tokens, experts], &logits));
-            let balanced = Balance::new(&device, experts, None, 2.0).unwrap();
+            let balanced = balance_by(&device, experts, None, 2.0);
             let router = Router { gate, choices: 5, normalise: Some(0.0), ..PLAIN };
             let balance = (gate == Gate::Softmax).then_some(&balanced);
             let routing = ops::route(&tape, &leaf, &router, None, balance).unwrap();
@@ -240,7 +240,7 @@ fn routers_that_cannot_choose_are_refused() {
     let sigmoid = Router { gate: Gate::Sigmoid, ..PLAIN };
     for (router, experts, tokens) in [(sigmoid, 6, 2), (PLAIN, 5, 2), (PLAIN, 6, 3)] {
         let mask = tensor(&device, DType::F32, &[tokens], &vec![1.0; tokens]);
-        let balanced = Balance::new(&device, experts, Some(mask), 1.0).unwrap();
+        let balanced = balance_by(&device, experts, Some(mask), 1.0);
         assert!(ops::route(&Tape::off(), &logits, &router, None, Some(&balanced)).is_err());
     }
 }
