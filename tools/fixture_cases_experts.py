@@ -45,6 +45,12 @@ MIXTRAL_CASES = [
                  intermediate_size=10),
          lora(rank=2, targets=["q_proj", "v_proj"], target_parameters=EXPERTS), tokens=23, seed=3, padding=BOTH,
          grow=[ROUTER], matters=[[("num_experts_per_tok", 1)]], ignored=[[("output_router_logits", False)]]),
+    # Most adapters of this family were made when every expert had linears of its own.
+    Case("mixtral-adapter-by-expert",
+         mixtral(num_local_experts=3, hidden_size=16, intermediate_size=10, num_attention_heads=2,
+                 num_key_value_heads=1, torch_dtype="bfloat16"),
+         lora(rank=2, targets=["q_proj", "o_proj", "w1", "w2", "w3"]), tokens=21, padding=LEFT, storage="bfloat16",
+         adapter_by_expert=True, grow=[ROUTER], matters=[[("num_experts_per_tok", 3)]]),
 ]
 
 
@@ -80,6 +86,10 @@ QWEN3_MOE_CASES = [
          tokens=27, seed=4, padding=BOTH, scale_invariant=QK_NORMED, grow=[ROUTER],
          matters=[[("norm_topk_prob", True)], [("use_sliding_window", False)], [("sliding_window", 7)]],
          ignored=[[("max_window_layers", 1)]]),
+    Case("qwen3-moe-adapter-by-expert",
+         qwen3_moe(num_experts=3, num_hidden_layers=2, hidden_size=16, head_dim=8, moe_intermediate_size=6),
+         lora(rank=2, targets=["v_proj", "gate_proj", "up_proj", "down_proj"]), tokens=19, padding=RIGHT,
+         adapter_by_expert=True, scale_invariant=QK_NORMED, grow=[ROUTER], matters=[[("norm_topk_prob", False)]]),
 ]
 
 

@@ -22,7 +22,7 @@ use pmetal_formats::safetensors::SafetensorsFile;
 
 use crate::error::{Error, Result};
 use crate::generate::{Sampling, Session, StopRules};
-use crate::lora::{self, experts::Half};
+use crate::lora::{self, experts::Stored};
 use crate::models::loader::{self, LoadOptions};
 use crate::models::{BalanceInputs, Decoder, Document, Forward, Spec, TokenRun, families};
 
@@ -147,14 +147,15 @@ fn compare(
         if expected.has_prefix("grad.") {
             let trained = LoadOptions { dtype, train_all: true };
             let decoder = load(trained)?;
-            check.gradients(&decoder, batch, "")?;
+            check.gradients(&decoder, batch, "", &BTreeMap::new())?;
         }
         if expected.has_prefix("adapter.") {
             let mut decoder = decoder;
-            lora::load(&mut decoder, &folder.join("adapter"), true)?;
+            let parts = lora::read_for(&decoder, &folder.join("adapter"))?;
+            let (_, experts) = lora::put(&mut decoder, parts, true)?;
             check.values(&decoder, batch, "adapter.")?;
             check.loss(&decoder, batch, "adapter.")?;
-            check.gradients(&decoder, batch, "adapter.")?;
+            check.gradients(&decoder, batch, "adapter.", &lora::stored_halves(&experts))?;
         }
     }
     let comparisons = check.comparisons;
@@ -401,7 +402,14 @@ impl Check<'_> {
         Ok(())
     }
 
-    fn gradients(&mut self, decoder: &Decoder, batch: &Batch, prefix: &str) -> Result<()> {
+    /// Gradients of all parameters; `stored` tells of those that files hold otherwise.
+    fn gradients(
+        &mut self,
+        decoder: &Decoder,
+        batch: &Batch,
+        prefix: &str,
+        stored: &BTreeMap<String, Stored>,
+    ) -> Result<()> {
         let prefix = format!("{prefix}grad.");
         let (true, Some(targets)) = (self.expected.has_prefix(&prefix), &batch.targets) else {
             return Ok(());
@@ -413,15 +421,24 @@ impl Check<'_> {
         if let Some(d_hidden) = loss.d_hidden {
             tape.backward(&states, d_hidden)?;
         }
-        let halves = lora::experts::halves(decoder);
         let parameters = decoder.parameters();
         let mut unlisted = Vec::new();
         for parameter in &parameters {
-            let quantity = format!("{prefix}{}", parameter.name());
-            if self.expected.has(&quantity) {
-                self.gradient(quantity, parameter, halves.get(parameter.name()))?;
-            } else if !self.packed.contains(parameter.name()) {
+            let values = match parameter.gradient() {
+                Some(gradient) => gradient.to_f32_vec()?,
+                None => vec![0.0; parameter.value().elements()],
+            };
+            let tensors = match stored.get(parameter.name()) {
+                Some(stored) => stored.gradients(&values),
+                None => vec![(parameter.name().to_owned(), values)],
+            };
+            let quantities = tensors.into_iter().map(|(name, values)| (format!("{prefix}{name}"), values));
+            let listed: Vec<_> = quantities.filter(|(quantity, _)| self.expected.has(quantity)).collect();
+            if listed.is_empty() && !self.packed.contains(parameter.name()) {
                 unlisted.push(parameter);
+            }
+            for (quantity, values) in listed {
+                self.gradient(quantity, &values)?;
             }
         }
         let size = |parameter: &Parameter| -> Result<f64> {
@@ -440,13 +457,8 @@ impl Check<'_> {
         Ok(())
     }
 
-    fn gradient(&mut self, quantity: String, parameter: &Parameter, half: Option<&Half>) -> Result<()> {
+    fn gradient(&mut self, quantity: String, actual: &[f32]) -> Result<()> {
         let wanted = self.expected.file.read_f32(&quantity)?;
-        let actual = match (parameter.gradient(), half) {
-            (Some(gradient), Some(half)) => half.to_file(&gradient.to_f32_vec()?),
-            (Some(gradient), None) => gradient.to_f32_vec()?,
-            (None, _) => vec![0.0; wanted.len()],
-        };
         if actual.len() != wanted.len() {
             return Err(Error::Checkpoint(format!(
                 "`{quantity}` has {} values, not {}",

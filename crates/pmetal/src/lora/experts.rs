@@ -12,10 +12,12 @@ use pmetal_engine::{Category, Device, Parameter, Tensor, Weight};
 use pmetal_formats::adapter::{
     AdapterConfig, LoraHalf, LoraShape, ModuleNames, TargetMatcher, parameter_tensor_name,
 };
-use pmetal_formats::safetensors::SafetensorsFile;
 
-use crate::error::{Faults, Result};
+use super::AdapterFile;
+use super::by_expert::{self, OneByOne};
+use crate::error::Result;
 use crate::models::Decoder;
+use crate::models::loader::stored::stack_of;
 
 /// One half of an adapter as the engine has it: its name, shape and order in files.
 #[derive(Debug, Clone)]
@@ -94,6 +96,8 @@ pub struct ExpertMatrix {
     pub sizes: [usize; 3],
     /// Whether A is on the side of the results.
     pub swapped: bool,
+    /// Whether checkpoints hold it as \[X, D, N\].
+    pub transposed: bool,
 }
 
 /// The module of a parameter.
@@ -135,67 +139,113 @@ fn targets(matrices: &[ExpertMatrix], matcher: &TargetMatcher) -> Vec<Target> {
     chosen.into_iter().enumerate().map(target).collect()
 }
 
-/// Adapters of a file, by the name of the parameter: the engine's A and B.
-pub type ExpertParts = BTreeMap<String, [(Half, Vec<f32>); 2]>;
+/// How one half of an engine's adapter lies in files.
+#[derive(Debug, Clone)]
+pub enum Stored {
+    /// All experts in one tensor.
+    Whole(Half),
+    /// A tensor for each expert and each of its layers.
+    ByExpert(OneByOne),
+}
+
+impl Stored {
+    /// The name of the trained parameter.
+    pub(super) fn name(&self) -> &str {
+        match self {
+            Self::Whole(half) => &half.name,
+            Self::ByExpert(parts) => &parts.name,
+        }
+    }
+
+    /// The gradients of the tensors of files, by name, of that of the engine's half.
+    pub fn gradients(&self, gradient: &[f32]) -> Vec<(String, Vec<f32>)> {
+        match self {
+            Self::Whole(half) => vec![(half.name.clone(), half.to_file(gradient))],
+            Self::ByExpert(parts) => parts.gradients(gradient),
+        }
+    }
+}
+
+/// One half of the adapter of one parameter, in the engine's order.
+pub struct ExpertHalf {
+    /// Its shape.
+    pub shape: [usize; 3],
+    /// Its values.
+    pub values: Vec<f32>,
+    /// Where they came from.
+    pub stored: Stored,
+}
+
+/// The adapter of one parameter.
+pub struct ExpertPart {
+    /// s.
+    pub scale: f64,
+    /// A \[X, R, D\].
+    pub a: ExpertHalf,
+    /// B \[X, N, R\].
+    pub b: ExpertHalf,
+}
+
+impl ExpertPart {
+    /// Whether files hold it one expert at a time.
+    pub fn is_by_expert(&self) -> bool {
+        matches!(self.a.stored, Stored::ByExpert(_))
+    }
+}
+
+/// Adapters of a file, by the name of the parameter.
+pub type ExpertParts = BTreeMap<String, ExpertPart>;
 
 /// Reads the adapters of a file that a configuration targets; what is read is taken from `left`.
 pub(super) fn read(
-    file: &SafetensorsFile,
+    file: &mut AdapterFile<'_>,
     matrices: &[ExpertMatrix],
     matcher: &TargetMatcher,
-    left: &mut BTreeSet<&str>,
-    faults: &mut Faults,
-) -> Result<(ExpertParts, BTreeMap<String, f64>)> {
-    let (mut parts, mut scales) = (BTreeMap::new(), BTreeMap::new());
+) -> Result<ExpertParts> {
+    let mut parts = BTreeMap::new();
     for target in targets(matrices, matcher) {
-        let mut read = |half: &Half| -> Result<Option<(Half, Vec<f32>)>> {
-            left.remove(half.name.as_str());
-            let (name, expected) = (&half.name, half.file_shape());
-            match file.info(name) {
-                None => faults.add(format!("tensor `{name}` {expected:?} is missing")),
-                Some(info) if info.shape != expected => {
-                    faults.add(format!("tensor `{name}` has shape {:?}, expected {expected:?}", info.shape));
-                }
-                Some(_) => return Ok(Some((half.clone(), half.to_engine(&file.read_f32(name)?)))),
-            }
-            Ok(None)
+        let mut read = |half: &Half| -> Result<Option<ExpertHalf>> {
+            let stored = file.take(&half.name, half.file_shape())?;
+            let whole = |stored: Vec<f32>| ExpertHalf {
+                shape: half.shape(),
+                values: half.to_engine(&stored),
+                stored: Stored::Whole(half.clone()),
+            };
+            Ok(stored.map(whole))
         };
         let [first, second] = &target.halves;
         if let (Some(a), Some(b)) = (read(first)?, read(second)?) {
-            scales.insert(target.name.clone(), target.shape.scale);
-            parts.insert(target.name, [a, b]);
+            parts.insert(target.name, ExpertPart { scale: target.shape.scale, a, b });
         }
     }
-    Ok((parts, scales))
+    for matrix in matrices {
+        if !parts.contains_key(&matrix.name)
+            && let Some(part) = by_expert::read(file, matrix, matcher)?
+        {
+            parts.insert(matrix.name.clone(), part);
+        }
+    }
+    Ok(parts)
 }
 
-/// The engine's adapter of one matrix.
-fn adapter(device: &Device, trainable: bool, scale: f64, halves: [(&Half, &[f32]); 2]) -> Result<ExpertLora> {
-    let weight = |(half, values): (&Half, &[f32])| -> Result<Weight> {
-        let category = if trainable { Category::Parameters } else { Category::Weights };
-        let tensor = Tensor::from_slice(device, category, &half.shape(), values)?;
-        Ok(match trainable {
-            true => Weight::Trainable(Parameter::new(half.name.clone(), tensor)),
-            false => Weight::Frozen(tensor),
-        })
-    };
-    let [a, b] = halves;
-    Ok(ExpertLora { a: weight(a)?, b: weight(b)?, scale: scale as f32 })
+/// A weight of an adapter.
+fn weight(device: &Device, trainable: bool, name: &str, shape: &[usize], values: &[f32]) -> Result<Weight> {
+    let category = if trainable { Category::Parameters } else { Category::Weights };
+    let tensor = Tensor::from_slice(device, category, shape, values)?;
+    Ok(match trainable {
+        true => Weight::Trainable(Parameter::new(name, tensor)),
+        false => Weight::Frozen(tensor),
+    })
 }
 
 /// Puts adapters that were read onto a decoder.
-pub(super) fn load(
-    decoder: &mut Decoder,
-    parts: &ExpertParts,
-    scales: &BTreeMap<String, f64>,
-    trainable: bool,
-) -> Result<()> {
+pub(super) fn load(decoder: &mut Decoder, parts: &ExpertParts, trainable: bool) -> Result<()> {
     let device = decoder.device().clone();
     decoder.change_expert_linears(|name, linear| {
-        if let (Some([a, b]), Some(&scale)) = (parts.get(name), scales.get(name)) {
-            let halves = [(&a.0, a.1.as_slice()), (&b.0, b.1.as_slice())];
-            linear.lora = Some(adapter(&device, trainable, scale, halves)?);
-        }
+        let Some(part) = parts.get(name) else { return Ok(()) };
+        let weight =
+            |half: &ExpertHalf| weight(&device, trainable, half.stored.name(), &half.shape, &half.values);
+        linear.lora = Some(ExpertLora { a: weight(&part.a)?, b: weight(&part.b)?, scale: part.scale as f32 });
         Ok(())
     })
 }
@@ -219,9 +269,9 @@ pub(super) fn attach(decoder: &mut Decoder, matcher: &TargetMatcher, seed: u64) 
                 LoraHalf::B => vec![0.0; count],
             }
         };
+        let weight = |half: &Half| weight(&device, true, &half.name, &half.shape(), &values(half));
         let [a, b] = &target.halves;
-        let (first, second) = (values(a), values(b));
-        linear.lora = Some(adapter(&device, true, target.shape.scale, [(a, &first), (b, &second)])?);
+        linear.lora = Some(ExpertLora { a: weight(a)?, b: weight(b)?, scale: target.shape.scale as f32 });
         Ok(())
     })?;
     Ok(targets.into_iter().map(|target| target.name).collect())
@@ -245,26 +295,13 @@ fn attached(decoder: &Decoder) -> Vec<(Half, Tensor)> {
     both.flatten().collect()
 }
 
-/// Names of the layers of one expert in checkpoints and in adapters of before transformers 5, and of the stacked parameter.
-const LAYERS: [(&str, &str); 6] = [
-    ("gate_proj", "gate_up_proj"),
-    ("up_proj", "gate_up_proj"),
-    ("down_proj", "down_proj"),
-    ("w1", "gate_up_proj"),
-    ("w2", "down_proj"),
-    ("w3", "gate_up_proj"),
-];
-
 /// Adds the experts of a model to what a configuration targets: all of them for all linear layers, else those that a list
 /// names, stacked or one by one. False, with nothing changed, where the configuration asks for dropout, which adapters of
 /// parameters do not have.
 pub fn target(adapter: &mut AdapterConfig, decoder: &Decoder) -> bool {
     let is_named = |end: &str| match &adapter.target_modules {
         ModuleNames::AllLinear => true,
-        ModuleNames::List(names) => {
-            let stacked = |name: &String| LAYERS.iter().find(|(one, _)| one == name).map(|(_, all)| *all);
-            names.iter().any(|name| name == end || stacked(name) == Some(end))
-        }
+        ModuleNames::List(names) => names.iter().any(|name| name == end || stack_of(name) == Some(end)),
         ModuleNames::Pattern(_) => false,
     };
     let ends: BTreeSet<String> = decoder
@@ -282,11 +319,6 @@ pub fn target(adapter: &mut AdapterConfig, decoder: &Decoder) -> bool {
     }
     adapter.target_parameters = ends.into_iter().collect();
     true
-}
-
-/// How the halves of adapters of a decoder's experts lie in files, by name.
-pub fn halves(decoder: &Decoder) -> BTreeMap<String, Half> {
-    attached(decoder).into_iter().map(|(half, _)| (half.name.clone(), half)).collect()
 }
 
 /// The adapters of experts as files have them, in a fixed order.

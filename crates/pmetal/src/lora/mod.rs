@@ -1,6 +1,7 @@
 //! Low-rank adapters: attaching them to a decoder, reading and writing them in PEFT's format, and merging
 //! them into the weights.
 
+mod by_expert;
 pub mod experts;
 pub mod fuse;
 
@@ -13,7 +14,7 @@ use pmetal_engine::{Category, DType, Parameter, Tensor, Weight};
 use pmetal_formats::adapter::AdapterConfig;
 use pmetal_formats::safetensors::SafetensorsFile;
 
-use self::experts::{ExpertMatrix, ExpertParts};
+use self::experts::{ExpertMatrix, ExpertPart, ExpertParts, Stored};
 use crate::error::{Error, Faults, Result};
 use crate::models::Decoder;
 
@@ -80,8 +81,33 @@ pub struct AdapterParts {
     pub linears: BTreeMap<String, AdapterPart>,
     /// By parameter.
     pub experts: ExpertParts,
-    /// s of these.
-    pub expert_scales: BTreeMap<String, f64>,
+}
+
+/// The tensors of an adapter that is read.
+struct AdapterFile<'a> {
+    file: &'a SafetensorsFile,
+    /// Those that nobody asked for yet.
+    left: BTreeSet<&'a str>,
+    faults: Faults,
+}
+
+impl AdapterFile<'_> {
+    fn has(&self, name: &str) -> bool {
+        self.file.info(name).is_some()
+    }
+
+    /// The values of a tensor; `None`, and a fault, where it is missing or has another shape.
+    fn take(&mut self, name: &str, expected: [usize; 2]) -> Result<Option<Vec<f32>>> {
+        self.left.remove(name);
+        match self.file.info(name) {
+            None => self.faults.add(format!("tensor `{name}` {expected:?} is missing")),
+            Some(info) if info.shape != expected => {
+                self.faults.add(format!("tensor `{name}` has shape {:?}, expected {expected:?}", info.shape));
+            }
+            Some(_) => return Ok(Some(self.file.read_f32(name)?)),
+        }
+        Ok(None)
+    }
 }
 
 /// Reads an adapter folder for a model whose linear layers have the given names and shapes \[N, D\], and its experts the
@@ -97,31 +123,21 @@ pub fn read(
     let config = AdapterConfig::open(&folder.join(CONFIG_FILE))?;
     let path = folder.join(WEIGHTS_FILE);
     let file = SafetensorsFile::open(&path)?;
-    let mut left: BTreeSet<&str> = file.tensors().iter().map(|info| info.name.as_str()).collect();
-    let (mut faults, mut parts) = (Faults::default(), BTreeMap::new());
-    let (matcher, mut targeted) = (config.matcher()?, 0);
-    let of_whole = left.iter().any(|name| name.contains(".language_model."));
+    let left: BTreeSet<&str> = file.tensors().iter().map(|info| info.name.as_str()).collect();
+    let mut file = AdapterFile { file: &file, left, faults: Faults::default() };
+    let (matcher, mut targeted, mut parts) = (config.matcher()?, 0, BTreeMap::new());
+    let of_whole = file.left.iter().any(|name| name.contains(".language_model."));
     for (module, [features, width]) in linears {
         let path = if of_whole { in_whole_model(module) } else { module.clone() };
         let Some(shape) = matcher.target(&path, true, false) else { continue };
         targeted += 1;
-        let mut half = |letter: &str, expected: [usize; 2]| -> Result<Option<Vec<f32>>> {
-            let name = key_of(&path, letter);
-            left.remove(name.as_str());
-            match file.info(&name) {
-                None => faults.add(format!("tensor `{name}` {expected:?} is missing")),
-                Some(info) if info.shape != expected => {
-                    faults.add(format!("tensor `{name}` has shape {:?}, expected {expected:?}", info.shape));
-                }
-                Some(_) => return Ok(Some(file.read_f32(&name)?)),
-            }
-            Ok(None)
-        };
+        let mut half = |letter: &str, expected| file.take(&key_of(&path, letter), expected);
         if let (Some(a), Some(b)) = (half("A", [shape.rank, *width])?, half("B", [*features, shape.rank])?) {
             parts.insert(module.clone(), AdapterPart { rank: shape.rank, scale: shape.scale, a, b });
         }
     }
-    let (experts, expert_scales) = experts::read(&file, matrices, &matcher, &mut left, &mut faults)?;
+    let experts = experts::read(&mut file, matrices, &matcher)?;
+    let AdapterFile { left, mut faults, .. } = file;
     if targeted == 0 && experts.is_empty() {
         return Err(Error::Usage(format!(
             "`{}`: target modules {} match none of the model's linear layers",
@@ -133,21 +149,48 @@ pub fn read(
         faults.add(format!("tensor `{name}` belongs to no targeted module"));
     }
     faults.into_result(&path)?;
-    Ok(AdapterParts { config, linears: parts, experts, expert_scales })
+    Ok(AdapterParts { config, linears: parts, experts })
 }
 
 /// Puts an adapter folder onto a decoder; `trainable` says whether its tensors become parameters.
 ///
 /// # Errors
-/// As [`read`]; out of memory.
+/// As [`read`]; [`Error::Usage`] when an adapter is to be trained that names experts one by one; out of memory.
 pub fn load(decoder: &mut Decoder, folder: &Path, trainable: bool) -> Result<AdapterConfig> {
-    let shapes: Vec<_> = decoder
-        .linears()
-        .into_iter()
-        .map(|(module, linear)| (module, <[usize; 2]>::from(dimensions(linear))))
-        .collect();
-    let AdapterParts { config, linears: mut parts, experts, expert_scales } =
-        read(folder, &shapes, &decoder.expert_matrices())?;
+    let parts = read_for(decoder, folder)?;
+    let is_by_expert = |(_, part): &(&String, &ExpertPart)| part.is_by_expert();
+    if let Some((name, _)) = parts.experts.iter().find(is_by_expert).filter(|_| trainable) {
+        return Err(Error::Usage(format!(
+            "`{}` adapts the experts of `{name}` one by one, as adapters of before transformers 5 do: it can be used and \
+             merged, not trained; merge it and train a new one on the result",
+            folder.display()
+        )));
+    }
+    Ok(put(decoder, parts, trainable)?.0)
+}
+
+/// Reads an adapter folder for a decoder.
+pub(crate) fn read_for(decoder: &Decoder, folder: &Path) -> Result<AdapterParts> {
+    let linears = decoder.linears().into_iter();
+    let shapes: Vec<_> =
+        linears.map(|(module, linear)| (module, <[usize; 2]>::from(dimensions(linear)))).collect();
+    read(folder, &shapes, &decoder.expert_matrices())
+}
+
+/// How the trained halves of the adapters of experts lie in files, by the names of their parameters.
+pub(crate) fn stored_halves(parts: &ExpertParts) -> BTreeMap<String, Stored> {
+    let halves = parts.values().flat_map(|part| [&part.a.stored, &part.b.stored]);
+    halves.map(|stored| (stored.name().to_owned(), stored.clone())).collect()
+}
+
+/// Puts adapters that were read onto a decoder, also those that cannot be trained for more than a step; gives back what is
+/// not used up.
+pub(crate) fn put(
+    decoder: &mut Decoder,
+    parts: AdapterParts,
+    trainable: bool,
+) -> Result<(AdapterConfig, ExpertParts)> {
+    let AdapterParts { config, linears: mut parts, experts } = parts;
     let device = decoder.device().clone();
     decoder.change_linears(|module, linear| {
         let Some(part) = parts.remove(module) else { return Ok(()) };
@@ -169,8 +212,8 @@ pub fn load(decoder: &mut Decoder, folder: &Path, trainable: bool) -> Result<Ada
         });
         Ok(())
     })?;
-    experts::load(decoder, &experts, &expert_scales, trainable)?;
-    Ok(config)
+    experts::load(decoder, &experts, trainable)?;
+    Ok((config, experts))
 }
 
 /// The base model that an adapter names, `None` when it names none.

@@ -1,7 +1,7 @@
 //! From a checkpoint to a [`Decoder`]: every tensor that the configuration needs is there in its shape, and
 //! every tensor that is there was needed.
 
-mod stored;
+pub(crate) mod stored;
 
 use std::cell::RefCell;
 use std::collections::BTreeSet;
@@ -419,6 +419,7 @@ pub fn expert_matrices(spec: &Spec) -> Vec<ExpertMatrix> {
             name: format!("model.layers.{index}.{}.{name}", part.path),
             sizes: [part.count, features, inputs],
             swapped: part.swapped_adapters,
+            transposed: part.transposed,
         };
         matrices.push(matrix("gate_up_proj", 2 * part.width, spec.width));
         matrices.push(matrix("down_proj", spec.width, part.width));

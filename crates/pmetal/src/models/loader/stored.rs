@@ -37,13 +37,13 @@ const OTHER_NAMES: [(&str, &[&str]); 8] = [
 ];
 
 /// A stored tensor that is a tensor of the decoder, or a part of one: its bytes follow those of the part before.
-pub(super) struct Piece {
-    pub(super) name: String,
-    pub(super) shape: Vec<usize>,
+pub(crate) struct Piece {
+    pub(crate) name: String,
+    pub(crate) shape: Vec<usize>,
 }
 
 /// Names of tensors as they are stored.
-pub(super) struct StoredNames<'a> {
+pub(crate) struct StoredNames<'a> {
     checkpoint: &'a Checkpoint,
     layers: &'static str,
     head: &'static str,
@@ -51,14 +51,14 @@ pub(super) struct StoredNames<'a> {
 
 impl<'a> StoredNames<'a> {
     /// As a checkpoint has them.
-    pub(super) fn of(checkpoint: &'a Checkpoint) -> Self {
+    pub(crate) fn of(checkpoint: &'a Checkpoint) -> Self {
         let found = TEXT_MODELS.iter().find(|(_, _, name)| checkpoint.info(name).is_some());
         let &(layers, head, _) = found.unwrap_or(&TEXT_MODELS[0]);
         Self { checkpoint, layers, head }
     }
 
     /// Where a tensor of a causal language model lies. What is nowhere has the name that it should have.
-    pub(super) fn pieces(&self, name: &str, shape: &[usize]) -> Vec<Piece> {
+    pub(crate) fn pieces(&self, name: &str, shape: &[usize]) -> Vec<Piece> {
         let name = match name.strip_prefix("model.") {
             Some(rest) => format!("{}{rest}", self.layers),
             None if name == HEAD => self.head.to_owned(),
@@ -112,6 +112,26 @@ pub(super) fn stacked_name(stored: &str) -> String {
         }
     }
     stored.to_owned()
+}
+
+/// Every way in which the parameter of all experts is stored as layers of one expert each: the modules of its parts, where
+/// `{}` stands for the expert's number. Adapters of before transformers 5 name these.
+pub(crate) fn one_by_one(parameter: &str) -> impl Iterator<Item = Vec<String>> {
+    OTHER_NAMES.iter().filter_map(move |(end, others)| {
+        let start = parameter.strip_suffix(end)?;
+        let module = |other: &&str| {
+            let module = other.strip_suffix(".weight").filter(|module| module.contains("{}"))?;
+            Some(format!("{start}{module}"))
+        };
+        others.iter().map(module).collect()
+    })
+}
+
+/// The last part of the name of the parameter that stacks layers which are called so in each expert.
+pub(crate) fn stack_of(layer: &str) -> Option<&'static str> {
+    let is_one = |other: &&str| other.ends_with(&format!(".{{}}.{layer}.weight"));
+    let (end, _) = OTHER_NAMES.iter().find(|(_, others)| others.iter().any(is_one))?;
+    end.rsplit('.').next()
 }
 
 /// Buffers that old checkpoints carry and that follow from the configuration.
