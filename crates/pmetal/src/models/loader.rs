@@ -524,6 +524,18 @@ impl Decoder {
         weights
     }
 
+    /// Columns that the adapters of all layers keep for each token: their ranks, those of experts for each that a token goes to.
+    pub fn adapter_columns(&self) -> usize {
+        let linears = self.linears().into_iter().filter_map(|(_, linear)| linear.lora.as_ref());
+        let ranks: usize = linears.map(|lora| lora.a.shape()[0]).sum();
+        let of_experts = self.layers.iter().map(|layer| {
+            let FeedForwardSpec::Experts(part) = &layer.spec.feed_forward else { return 0 };
+            let adapters = layer.expert_modules().filter_map(|module| module.layer.lora.as_ref());
+            part.router.choices * adapters.map(|lora| lora.a.shape()[1]).sum::<usize>()
+        });
+        ranks + of_experts.sum::<usize>()
+    }
+
     /// Everything that is trained: parameters of the base model, then those of adapters, in a fixed order.
     pub fn parameters(&self) -> Vec<Arc<Parameter>> {
         let own = self.weights().into_iter().filter_map(|(_, weight)| weight.parameter().cloned());

@@ -1,6 +1,5 @@
 //! What distinguishes one decoder from another, as a value.
 
-use pmetal_engine::Recompute;
 use pmetal_engine::device::MaskKind;
 use pmetal_engine::device::{GateActivation, NormWeight};
 use pmetal_engine::ops::{PairedGate, Router, Weighting};
@@ -64,14 +63,6 @@ pub struct LayerSpec {
     pub norms: LayerNorms,
 }
 
-impl LayerSpec {
-    /// Columns that attention, or what is in its place, keeps.
-    fn mixed_columns(&self) -> usize {
-        let Some(delta) = &self.delta else { return self.attention.kept_columns() };
-        2 * delta.widths().iter().sum::<usize>() + 3 * delta.value_heads * delta.value_width
-    }
-}
-
 /// Where a layer has norms over D, by the names that checkpoints have for them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LayerNorms {
@@ -131,18 +122,6 @@ pub struct AttentionSpec {
     pub rope: Option<usize>,
     /// Index into [`Spec::ropes`] of a factor on queries by position.
     pub temperature: Option<usize>,
-}
-
-impl AttentionSpec {
-    /// Columns of queries, keys, values and the result, and of what they are made from.
-    fn kept_columns(&self) -> usize {
-        let heads = self.query_heads + self.key_value_heads;
-        let latent = match self.projection {
-            Projection::Apart | Projection::Fused => 0,
-            Projection::Latent(latent) => 2 * (latent.query_rank.unwrap_or(0) + latent.key_value_rank),
-        };
-        heads * (self.head_width + self.value_width) + latent
-    }
 }
 
 /// Linear attention by the gated delta rule (Yang, Kautz and Hatamizadeh, arXiv 2412.06464).
@@ -368,96 +347,5 @@ impl Spec {
     pub fn parameter_count(&self) -> u128 {
         let elements = |shape: &[usize]| shape.iter().map(|&size| size as u128).product::<u128>();
         super::loader::needs(self).iter().map(|need| elements(&need.shape)).sum()
-    }
-
-    /// Estimate of the activations that a training step over `tokens` tokens holds at its peak.
-    ///
-    /// Counted per layer and token are two residual inputs, q, k, v, the attention's output, gate, up and what the
-    /// adapters keep (the sum of their ranks in a layer); without any recomputation also two norms and the gated product;
-    /// with full recomputation one residual input per layer, or of two layers where the others wait in the host's memory,
-    /// and the insides of one while it is passed. To these comes the larger of two that never meet: the logits of one chunk
-    /// with the hidden states that enter and leave it, or the gradients of the widest layer while it is passed (the middle of
-    /// its feed-forward part three times on a CPU, once on other devices, which turn gate and up into their gradients).
-    pub fn activation_bytes(&self, step: &StepShape) -> usize {
-        let layer = |layer: &LayerSpec| {
-            // What is normed before it is added is kept as well.
-            let after = [layer.norms.after_attention, layer.norms.after_feed_forward];
-            let streams = 2 + after.into_iter().flatten().count();
-            let own = streams * self.width + layer.mixed_columns() + 2 * layer.feed_forward.active_width();
-            let again = match step.recompute {
-                Recompute::None => 2 * self.width + layer.feed_forward.active_width(),
-                Recompute::Cheap | Recompute::Full => 0,
-            };
-            own + again + step.adapter_ranks
-        };
-        let widest = self.layers.iter().map(layer).max().unwrap_or(0);
-        let inputs = if step.offloads { self.layers.len().min(2) } else { self.layers.len() };
-        let bytes = |per_token: usize| step.tokens * per_token * step.element_bytes;
-        // What is there from the forward to the backward pass, and what comes to it with the layer that is passed.
-        let (kept, insides) = match step.recompute {
-            Recompute::Full => (bytes(inputs * self.width), bytes(widest.saturating_sub(self.width))),
-            Recompute::None | Recompute::Cheap => (bytes(self.layers.iter().map(layer).sum()), 0),
-        };
-        let inner = self.layers.iter().map(|layer| layer.feed_forward.active_width()).max().unwrap_or(0);
-        let passing = if step.on_host { 3 * (self.width + inner) } else { 2 * self.width + inner };
-        let chunk_rows = pmetal_engine::ops::logit_chunk_rows(step.on_host, self.vocabulary).min(step.tokens);
-        let row = 4 * self.vocabulary + 2 * self.width * step.element_bytes;
-        let loss = chunk_rows * row + bytes(self.width);
-        kept + (insides + bytes(passing)).max(loss)
-    }
-}
-
-/// What the memory of a training step depends on besides the model.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct StepShape {
-    /// Tokens of one forward pass.
-    pub tokens: usize,
-    /// Size of an activation.
-    pub element_bytes: usize,
-    /// Sum of the ranks of a layer's adapters.
-    pub adapter_ranks: usize,
-    /// What of a layer is kept for the backward pass.
-    pub recompute: Recompute,
-    /// Whether the inputs of layers wait in the host's memory.
-    pub offloads: bool,
-    /// Whether a CPU computes it.
-    pub on_host: bool,
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::models::{Config, families};
-
-    #[test]
-    fn the_estimate_is_near_what_was_measured_on_a_gpu() {
-        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../../bench/gpu_sft");
-        // MiB of activations and logits at the peak of a bf16 step over 4 rows of 2048 tokens, adapters of rank 16 on all
-        // linear layers: `scripts/gpu-check` on an H200.
-        let (none, cheap, full) = (Recompute::None, Recompute::Cheap, Recompute::Full);
-        let measured = [
-            ("llama-3.2-1b", none, false, 9858.5),
-            ("llama-3.2-1b", cheap, false, 6794.5),
-            ("llama-3.2-1b", full, false, 1043.5),
-            ("llama-3.2-1b", full, true, 595.5),
-            ("llama-3.1-8b", full, false, 3012.0),
-            ("llama-3.1-8b", full, true, 1092.0),
-        ];
-        for (name, recompute, offloads, mebibytes) in measured {
-            let text = std::fs::read_to_string(format!("{folder}/{name}.json")).unwrap();
-            let spec = families::read(&Config::new(serde_json::from_str(&text).unwrap()).unwrap()).unwrap();
-            let step = StepShape {
-                tokens: 4 * 2048,
-                element_bytes: 2,
-                adapter_ranks: 7 * 16,
-                recompute,
-                offloads,
-                on_host: false,
-            };
-            let estimate = spec.activation_bytes(&step) as f64 / (1 << 20) as f64;
-            let error = estimate / mebibytes - 1.0;
-            println!("{name} {recompute:?} {offloads}: {estimate:.0} MiB, {:.1} %", 100.0 * error);
-            assert!(error.abs() <= 0.1, "{name} {recompute:?} {offloads}: {estimate} of {mebibytes} MiB");
-        }
     }
 }

@@ -25,11 +25,10 @@ const TRAINED_BYTES: usize = 16;
 /// What a step's memory depends on, for the settings of a run.
 pub fn step_shape(config: &TrainConfig, decoder: &Decoder, description: &Description) -> StepShape {
     let device = decoder.device();
-    let ranks = description.adapter.as_ref().map_or(0, |adapter| adapter.r * description.adapted_modules);
     StepShape {
         tokens: description.most_tokens,
         element_bytes: description.dtype.bytes(),
-        adapter_ranks: ranks / decoder.spec.layers.len().max(1),
+        adapter_ranks: decoder.adapter_columns().div_ceil(decoder.spec.layers.len().max(1)),
         recompute: config.gradient_checkpointing,
         offloads: offloads(config, device),
         on_host: device.is_host(),

@@ -146,7 +146,7 @@ struct Node {
 }
 
 impl Node {
-    fn backward(self, gradients: &mut Gradients, slot: usize) -> Result<()> {
+    fn backward(mut self, gradients: &mut Gradients, slot: usize) -> Result<()> {
         let Some(d_out) = gradients.take(slot) else { return Ok(()) };
         let device = d_out.device().clone();
         let kernels = device.kernels().experts();
@@ -179,8 +179,9 @@ impl Node {
                 Ok(())
             })?;
         }
-        // It may have been computed again: it need not be there while its gradient is.
+        // It may have been computed again: it need not be there, nor in its recipe, while its gradient is.
         drop(input);
+        self.input = None;
         match self.input_slot {
             Some(slot) => self.input_gradient(gradients, slot, &d_out, d_reduced.as_ref()),
             None => Ok(()),

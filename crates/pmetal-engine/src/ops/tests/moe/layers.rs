@@ -208,6 +208,33 @@ fn a_mixture_is_the_same_where_it_is_computed_again(device: &Device) {
 }
 
 #[test]
+fn rows_that_were_gathered_again_are_gone_when_they_get_their_gradient() {
+    let device = Device::cpu();
+    let (tokens, width) = (64, 256);
+    let tape = Tape::recording();
+    let (_, routing) = routed(&device, &tape, &loads("any", tokens, 4), 4, 2, false);
+    let values = |name: &str, count: usize| numbers(name, count, DType::F32);
+    let layer = ExpertLinear {
+        weight: weight(&device, true, DType::F32, &[4, 2, width], &values("w", 8 * width)),
+        transposed: false,
+        bias: None,
+        lora: None,
+    };
+    let x = tape.leaf(tensor(&device, DType::F32, &[tokens, width], &values("x", tokens * width)));
+    let rows = ops::gather(&tape, &x, &routing, Weighting::Output).unwrap();
+    let y = ops::expert_linear(&tape, &rows, &layer, &routing).unwrap();
+    drop(rows);
+    let d_y = tensor(&device, DType::F32, &[2 * tokens, 2], &values("d_y", 4 * tokens));
+    let memory = device.memory();
+    memory.reset_peak();
+    let before = memory.report().peak_bytes;
+    tape.backward(&y, d_y).unwrap();
+    let (most, rows) = (memory.report().peak_bytes - before, 2 * tokens * width * 4);
+    // The rows' gradient, that of x, which has half as many, and the weight's.
+    assert!(most > rows && most < 2 * rows, "{most} bytes beside rows of {rows}");
+}
+
+#[test]
 fn layers_of_experts_have_the_same_bits_everywhere() {
     assert_same_bits_everywhere("a mixture", &|| run(&Device::cpu(), DType::F32, &Tape::recording(), false));
 }
