@@ -50,6 +50,7 @@ on_every_device! {
     a_document_does_not_see_the_others,
     every_step_has_masks_of_its_own_also_when_it_is_replayed,
     recomputed_activations_give_the_same_bits,
+    steps_whose_documents_had_no_choice_of_keys_are_not_replayed_for_longer_ones,
 }
 
 fn skipped(test: &str, device: &str, reason: &str) {
@@ -299,6 +300,26 @@ fn every_step_has_masks_of_its_own_also_when_it_is_replayed(device: &Device) {
     different.dedup();
     assert_eq!(different.len(), plain.len(), "steps share masks");
     assert!(losses_of(true, 0.0).windows(2).all(|two| two[0] == two[1]));
+}
+
+fn steps_whose_documents_had_no_choice_of_keys_are_not_replayed_for_longer_ones(device: &Device) {
+    let document = |length: usize, seed: u32| {
+        let ids: Vec<u32> = (0..length as u32).map(|t| (t * 7 + seed) % 64).collect();
+        let labels = (0..length).map(|t| if t + 1 < length { ids[t + 1] as i32 } else { -100 }).collect();
+        Row { ids, labels }
+    };
+    // As many tokens each time; the last has more keys than are chosen.
+    let short: Vec<Row> = (0..6).map(|seed| document(4, seed)).collect();
+    let batches = [packed(&short), packed(&short), packed(&short), packed(&[document(24, 3)])];
+    let losses_of = |records: bool| -> Vec<u64> {
+        let decoder = decoder_on(device, DType::F32, "deepseek-v32", false);
+        let settings = OptimizerSettings { records, ..OptimizerSettings::default() };
+        let mut learner = Learner::new(decoder, settings).unwrap();
+        let step =
+            |(step, batch)| learner.step(step, 1e-2, std::slice::from_ref(batch)).unwrap().loss.to_bits();
+        batches.iter().enumerate().map(step).collect()
+    };
+    assert_eq!(losses_of(true), losses_of(false));
 }
 
 const LEVELS: [Recompute; 3] = [Recompute::None, Recompute::Cheap, Recompute::Full];

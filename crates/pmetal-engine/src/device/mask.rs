@@ -112,6 +112,11 @@ impl AttentionMask {
         Ok(())
     }
 
+    /// The most keys that a query may see, windows and chunks aside.
+    pub fn most_keys(&self) -> usize {
+        self.segments.iter().map(|segment| segment.key_length).max().unwrap_or(0)
+    }
+
     /// The documents.
     pub fn segments(&self) -> &[Segment] {
         &self.segments

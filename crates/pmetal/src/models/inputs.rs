@@ -140,6 +140,13 @@ impl Decoder {
         if run.ids.len() > rows {
             return Ok(false);
         }
+        let segments = segments_of(run, 0);
+        // Recorded work chooses keys where those that it was recorded with were more than are chosen.
+        let longest = segments.iter().map(|segment| segment.key_length).max().unwrap_or(0);
+        let most = inputs.seen.first().map_or(0, |seen| seen.mask.most_keys());
+        if self.spec.chosen_keys().any(|count| (most..longest).contains(&count)) {
+            return Ok(false);
+        }
         let ids = self.padded_ids(run, rows)?;
         let positions = positions_of(run);
         let mut changed = Vec::with_capacity(inputs.ropes.len());
@@ -155,7 +162,6 @@ impl Decoder {
             table.set_rows(&rows)?;
         }
         inputs.ids.write_slice(&ids);
-        let segments = segments_of(run, 0);
         if let Some(documents) = &mut inputs.documents {
             documents.set(&segments)?;
         }

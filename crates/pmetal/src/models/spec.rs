@@ -343,6 +343,14 @@ impl Spec {
         })
     }
 
+    /// How many keys layers choose, of those that do.
+    pub(super) fn chosen_keys(&self) -> impl Iterator<Item = usize> {
+        self.layers.iter().filter_map(|layer| match layer.attention.projection {
+            Projection::Latent(latent) => latent.indexer.map(|indexer| indexer.count),
+            Projection::Apart | Projection::Fused => None,
+        })
+    }
+
     /// Parameters of the model, tied weights counted once.
     pub fn parameter_count(&self) -> u128 {
         let elements = |shape: &[usize]| shape.iter().map(|&size| size as u128).product::<u128>();

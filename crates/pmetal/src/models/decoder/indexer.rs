@@ -7,6 +7,11 @@ use pmetal_engine::{DType, Tape, Tensor, Var};
 use crate::error::Result;
 use crate::models::layer::{Indexer, Named};
 
+/// Whether there may be more keys for a query than are chosen.
+pub(in crate::models) fn chooses(mask: &AttentionMask, count: usize) -> bool {
+    mask.most_keys() > count
+}
+
 /// What keys are chosen by: queries \[T, H, E\], keys \[Tk, E\] and weights f32 \[T, H\].
 pub(super) struct Indexed {
     pub(super) query: Tensor,
@@ -42,13 +47,13 @@ impl Indexer {
 }
 
 impl Indexed {
-    /// The mask of a layer without the keys that were not chosen; `None` where no query can see more than are chosen.
+    /// The mask of a layer without the keys that were not chosen; `None` where all are.
     pub(super) fn choose(
         &self,
         parameters: &AttentionParameters,
         mask: &AttentionMask,
     ) -> Result<Option<AttentionMask>> {
-        if self.key.rows() <= self.count {
+        if !chooses(mask, self.count) {
             return Ok(None);
         }
         let inputs = [&self.query, &self.key, &self.weights];

@@ -3,6 +3,7 @@
 use pmetal_engine::ops;
 use pmetal_engine::{Tape, Var};
 
+use super::indexer::chooses;
 use super::run::{Heads, LayerCache, Shared, normed, projected};
 use crate::error::Result;
 use crate::models::layer::{Latent, Module, Norm};
@@ -29,7 +30,10 @@ impl Latent {
         let query = match &self.query {
             Some((norm, module)) => {
                 let latent = normed(&first, norm, module)?;
-                if let Some(indexer) = &self.indexer {
+                // What is chosen by is kept with the keys, also while all of them are chosen.
+                let mask = &shared.inputs.seen(spec).mask;
+                let needed = |count| cache.is_some() || chooses(mask, count);
+                if let Some(indexer) = self.indexer.as_ref().filter(|indexer| needed(indexer.spec.count)) {
                     let table = spec.rope.map(|rope| &shared.inputs.ropes[rope]);
                     indexed = Some(indexer.run(input.tensor(), latent.tensor(), table)?);
                 }
