@@ -67,7 +67,8 @@ fn models(device: &Device) -> Vec<String> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures");
     let names =
         std::fs::read_dir(root).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
-    let mut names: Vec<String> = names.collect();
+    // Adapters that name each expert are not trained; both models are there with adapters that do not.
+    let mut names: Vec<String> = names.filter(|name| !name.ends_with("-by-expert")).collect();
     names.sort();
     names
 }
@@ -200,6 +201,10 @@ fn a_mean_of_means_would_be_another_loss() {
 
 fn packed_rows_train_as_if_each_were_alone(device: &Device) {
     for_every_model(device, |name, dtype| {
+        // The load of experts is balanced over all tokens of a forward pass, which is no sum over rows.
+        if name == "mixtral-balance" {
+            return;
+        }
         let rows = rows();
         let gradients =
             |batches: &[MicroBatch]| gradients_of(decoder_on(device, dtype, name, false), batches);
