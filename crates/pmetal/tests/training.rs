@@ -212,8 +212,9 @@ fn packed_rows_train_as_if_each_were_alone(device: &Device) {
         let (expected_loss, expected) = gradients(&alone);
         let mut turned = rows.clone();
         turned.reverse();
-        // Products of few rows sum in another order than those of many.
-        let [of_loss, of_gradients] = if dtype == DType::F32 { [1e-6, 1e-5] } else { [2e-3, 3e-2] };
+        // Products of few rows sum in another order than those of many. In f32 that tells right from wrong; with 8 bits of
+        // mantissa random models make a few percent of it.
+        let [of_loss, of_gradients] = if dtype == DType::F32 { [1e-6, 1e-5] } else { [2e-3, 5e-2] };
         for order in [&rows, &turned] {
             let (loss, actual) = gradients(&[packed(order)]);
             let what = format!("{name}, {dtype}");

@@ -238,6 +238,12 @@ fn every_flag_of_bench_infer_changes_the_result() {
     assert!(plain["share_of_bandwidth"].as_f64().unwrap() > 0.0);
     let bytes = |facts: &serde_json::Value| facts["weight_bytes_per_token"].as_u64().unwrap();
     assert!(bytes(&bench(&["--config", "wide.json"])) > bytes(&plain));
+    // Of experts, those that a token goes to.
+    let mixtral = include_str!("../../../../fixtures/mixtral/config.json");
+    sandbox.write("two.json", mixtral);
+    sandbox.write("one.json", &mixtral.replace("\"num_experts_per_tok\": 2", "\"num_experts_per_tok\": 1"));
+    let [one, two] = ["one.json", "two.json"].map(|config| bytes(&bench(&["--config", config])));
+    assert!(one < two, "{one} and {two} bytes");
     assert_eq!(bench(&["--prompt-tokens", "9"])["prompt_tokens"], 9);
     assert_eq!(bench(&["--new-tokens", "3"])["new_tokens"], 3);
     assert_eq!(bench(&["--rounds", "3"])["last_token"], plain["last_token"]);

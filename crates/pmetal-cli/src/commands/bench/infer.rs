@@ -6,10 +6,11 @@ use std::time::Instant;
 
 use clap::Args;
 use pmetal::engine::random::RandomKey;
-use pmetal::engine::{Category, DType, Device, Tensor};
+use pmetal::engine::{Category, DType, Device, Tensor, Weight};
 use pmetal::generate::{Sampling, Session, StopRules};
 use pmetal::models::Decoder;
 use pmetal::models::loader::{self, LoadOptions};
+use pmetal::models::spec::FeedForwardSpec;
 
 use super::{print_profile, read_config};
 use crate::commands::{DeviceChoice, Precision};
@@ -155,12 +156,27 @@ fn timed_round(session: &mut Session<'_>, prompt: &[u32], arguments: &InferBench
     Ok(Round { prompt_seconds, decode_seconds, last_token })
 }
 
-/// Bytes of weights that go through the device for one token: of an embedding that is not the head, one row.
+/// Bytes of weights that go through the device for one token: of an embedding that is not the head, one row, and of experts
+/// those that are chosen.
 fn bytes_of_a_token(decoder: &Decoder) -> usize {
     let weights = decoder.weights();
     let has_head = weights.iter().any(|(name, _)| name == "lm_head.weight");
     let is_read = |name: &str| !has_head || name != "model.embed_tokens.weight";
-    weights.iter().filter(|(name, _)| is_read(name)).map(|(_, weight)| weight.value().byte_length()).sum()
+    let layers = decoder.spec.layers.iter().enumerate();
+    let experts: Vec<(String, [usize; 2])> = layers
+        .filter_map(|(index, layer)| match &layer.feed_forward {
+            FeedForwardSpec::Dense(_) => None,
+            FeedForwardSpec::Experts(part) => {
+                Some((format!("model.layers.{index}.{}.", part.path), [part.router.choices, part.count]))
+            }
+        })
+        .collect();
+    let bytes = |(name, weight): &(String, &Weight)| {
+        let of = experts.iter().find(|(prefix, _)| name.starts_with(prefix));
+        let [chosen, all] = of.map_or([1, 1], |(_, numbers)| *numbers);
+        weight.value().byte_length() * chosen / all
+    };
+    weights.iter().filter(|(name, _)| is_read(name)).map(bytes).sum()
 }
 
 /// Bytes a second that the device reads and writes when it copies.
