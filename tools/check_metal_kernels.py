@@ -103,6 +103,9 @@ MACROS = {
     "FEATURES": (1, 2),
     "SPLITS": (1, 4),
     "DEPTH": (2,),
+    "KEY_WIDTH": (5, 128, 256),
+    "ROUNDED": (0, 1, 2),
+    "SLICE": (16, 32),
 }
 
 

@@ -1,5 +1,5 @@
-// Around the gated delta rule (Yang, Kautz and Hatamizadeh, arXiv 2412.06464), whose passes are in delta_sweeps.cpp, and the
-// norm behind it. Letters: T tokens, G key heads, H value heads, D key width <= 256, E value width.
+// Around the gated delta rule (Yang, Kautz and Hatamizadeh, arXiv 2412.06464), which is in delta_chunks.cpp, and for few tokens
+// in delta_steps.cpp, and the norm behind it. Letters: T tokens, G key heads, H value heads, D key width <= 256, E value width.
 //
 // Arrays of ELEMENT are [T, heads, width] with tokens a pitch apart; those in f32 are contiguous. marks i32 [2 T + 1]: of
 // each token the first token f of its document, or -1 - f for padding behind it; of each token the end of its document

@@ -10,7 +10,8 @@
 #define LOCAL
 #define DEVICE __device__ __forceinline__
 #define GLOBAL
-#define SHARED __shared__
+// Aligned, so that neighbours are read and written by 16 bytes.
+#define SHARED __shared__ __align__(16)
 #define SHARED_POINTER(type) type*
 #define SCALAR(type, name) type name
 #define THREAD threadIdx.x
@@ -160,5 +161,16 @@ DEVICE uint native_e4m3_pair(float low, float high) {
     return bits;
 }
 #define NATIVE_E4M3_PAIR native_e4m3_pair
+#endif
+#if __CUDA_ARCH__ >= 800
+// Adds a product of 16 x 8 and 8 x 8 by the matrix unit to a SIMD group's sums, in the order that mma.m16n8k8 says, operands
+// rounded to 11 bits: the unit ignores what is behind them, so half of the last is added.
+DEVICE void native_rounded_product(const float* a, const float* b, float* low, float* high) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(low[0]), "+f"(low[1]), "+f"(high[0]), "+f"(high[1])
+        : "r"(as_bits(a[0]) + 0x1000u), "r"(as_bits(a[1]) + 0x1000u), "r"(as_bits(a[2]) + 0x1000u),
+          "r"(as_bits(a[3]) + 0x1000u), "r"(as_bits(b[0]) + 0x1000u), "r"(as_bits(b[1]) + 0x1000u));
+}
+#define NATIVE_ROUNDED_PRODUCT native_rounded_product
 #endif
 #define INFINITE __int_as_float(0x7f800000)

@@ -5,8 +5,9 @@ use crate::Tensor;
 use crate::device::{DeltaGradients, DeltaInputs, Documents, Segment};
 use crate::error::Result;
 
-/// Documents of which one is in two parts of the tokens. Short ones: gradients of decays are sums over the rest of a document.
-const DOCUMENTS: [usize; 5] = [3, 24, 9, 20, 10];
+/// Documents of which one is in two parts of the tokens and has two chunks. Short ones: gradients of decays are sums over the rest
+/// of a document.
+const DOCUMENTS: [usize; 5] = [3, 24, 9, 70, 10];
 
 /// Documents with padding behind them.
 fn documents(inputs: &Inputs<'_>, lengths: &[usize], padding: usize) -> Result<Documents> {
@@ -54,7 +55,7 @@ pub(super) fn rule(inputs: &Inputs<'_>, heads: [usize; 2], widths: [usize; 2]) -
     let [a_log, dt_bias] = [1, 2].map(|seed| inputs.floats(seed, &[heads[1]]));
     let (a_log, dt_bias) = (a_log?, dt_bias?);
     let mut results = Vec::new();
-    for (lengths, has_state) in [(&DOCUMENTS[..], false), (&[20][..], true)] {
+    for (lengths, has_state) in [(&DOCUMENTS[..], false), (&[20][..], true), (&[5], true)] {
         let documents = documents(inputs, lengths, 2)?;
         let tokens = documents.tokens();
         let shapes =

@@ -1,6 +1,7 @@
-//! Linear-attention layers: `kernels/convolution.cpp`, `kernels/delta.cpp` and `kernels/delta_sweeps.cpp`.
+//! Linear-attention layers: `kernels/convolution.cpp`, `kernels/delta.cpp`, `kernels/delta_chunks.cpp` and
+//! `kernels/delta_steps.cpp`.
 
-use super::launch::{Kernel, lanes};
+use super::launch::{Kernel, is_aligned, lanes};
 use super::runtime::Argument;
 use super::{Gpu, SUM_PARTS, norm_rows};
 use crate::device::{DeltaGradients, DeltaInputs, DeltaKernels, DeltaSizes, Documents};
@@ -8,12 +9,16 @@ use crate::error::{Error, Result};
 use crate::memory::Category;
 use crate::{DType, Tensor};
 
-/// The widest head that threads hold.
+/// The widest head that a group holds.
 const WIDEST: usize = 256;
 
-/// Columns of a state that a group takes, and its threads.
-const COLUMNS: usize = 32;
+/// Threads of the groups that hold parts of states, and the columns of a state that one of those takes that go token by token.
 const THREADS: usize = 128;
+const COLUMNS: usize = 32;
+
+/// Tokens of a chunk, and so few of them that one after another is faster.
+const CHUNK: usize = 64;
+const FEW_TOKENS: usize = 16;
 
 /// Tokens of a channel that a thread convolves, and backward where the weight's gradient is summed over them.
 const SPAN: usize = 16;
@@ -27,6 +32,29 @@ struct Prepared {
 
 fn workspace(like: &Tensor, shape: &[usize]) -> Result<Tensor> {
     Tensor::scratch(like.device(), Category::Workspace, DType::F32, shape)
+}
+
+/// How products of activations of a type are rounded by matrix units: not at all, to 11 bits, or to twice as many. Sums over
+/// tokens gather what is rounded, so f16, which has 11 bits itself, would show it.
+fn rounding_of(dtype: DType) -> usize {
+    match dtype {
+        DType::Bf16 => 1,
+        DType::F16 => 2,
+        _ => 0,
+    }
+}
+
+/// What a pass forward over chunks leaves.
+struct Learned {
+    spans: Tensor,
+    coupling: Tensor,
+    errors: Tensor,
+    states: Tensor,
+}
+
+/// The grid of kernels for chunks and heads.
+fn chunks_of(sizes: DeltaSizes) -> [usize; 3] {
+    [sizes.tokens.div_ceil(CHUNK), sizes.value_heads, 1]
 }
 
 /// Parts of the tokens whose documents groups of their own take.
@@ -61,40 +89,77 @@ impl Gpu {
         Ok(Prepared { normed, gates })
     }
 
-    /// A pass over tokens: `rows` of the state are held by the threads of each of its columns.
-    fn sweep(
+    /// Columns of a state that a group takes from chunk to chunk: more of them read keys less often, where there is room.
+    fn slice(&self, sizes: DeltaSizes) -> usize {
+        if self.facts.capability >= (8, 0) && sizes.key_width <= 128 { 32 } else { 16 }
+    }
+
+    /// A kernel over chunks that reads rows of these tensors by tiles.
+    fn chunked(
         &self,
         inputs: &DeltaInputs<'_>,
         prepared: &Prepared,
+        spans: &Tensor,
         kernel: &'static str,
-        rows: usize,
+        tiled: &[&Tensor],
     ) -> Kernel {
-        Kernel::new("delta_sweeps", kernel)
-            .element(inputs.v.dtype())
-            .number("STATE_ROWS", rows)
+        let (sizes, dtype) = (inputs.sizes(), inputs.v.dtype());
+        Kernel::new("delta_chunks", kernel)
+            .element(dtype)
+            .number("ROUNDED", rounding_of(dtype))
+            .aligned(sizes.key_width.is_multiple_of(8) && is_aligned(sizes.value_width, tiled))
+            .number("KEY_WIDTH", sizes.key_width)
+            .number("SLICE", self.slice(sizes))
             .arguments(&[(&prepared.normed).into(), (&prepared.gates).into()])
-            .arguments(&[inputs.documents.marks().into()])
+            .arguments(&[inputs.documents.marks().into(), spans.into()])
     }
 
-    /// Answers, or where there is room for them what was not recalled of values.
-    fn answer(
+    /// What tokens of chunks have to do with each other, and what is learned from them.
+    fn learn(
         &self,
         inputs: &DeltaInputs<'_>,
         prepared: &Prepared,
         state: Option<&mut Tensor>,
-        out: Option<&mut Tensor>,
-        errors: Option<&Tensor>,
+    ) -> Result<Learned> {
+        let sizes = inputs.sizes();
+        let DeltaSizes { tokens, key_heads, value_heads, key_width, value_width } = sizes;
+        let spans = workspace(inputs.v, &[tokens, value_heads, 2])?;
+        let coupling = workspace(inputs.v, &[tokens, value_heads, CHUNK])?;
+        let errors = workspace(inputs.v, &[tokens, value_heads, value_width])?;
+        let states = workspace(inputs.v, &[tokens.div_ceil(CHUNK), value_heads, key_width, value_width])?;
+        let (runtime, has_state) = (self.runtime.as_ref(), state.is_some());
+        let parts = if has_state { 1 } else { parts_of(tokens) };
+        self.chunked(inputs, prepared, &spans, "delta_couple", &[])
+            .arguments(&[(&coupling).into()])
+            .sizes(&[tokens, key_heads, value_heads])
+            .launch(runtime, chunks_of(sizes), THREADS);
+        self.chunked(inputs, prepared, &spans, "delta_scan", &[])
+            .arguments(&[(&coupling).into(), inputs.v.into(), (&errors).into(), (&states).into()])
+            .arguments(&[Argument::Address(state.map_or(0, Tensor::address_mut))])
+            .sizes(&[tokens, key_heads, value_heads, value_width, inputs.v.pitch(), parts, has_state.into()])
+            .launch(runtime, [value_width.div_ceil(self.slice(sizes)), value_heads, parts], THREADS);
+        Ok(Learned { spans, coupling, errors, states })
+    }
+
+    /// The rule token by token.
+    fn answer_tokens(
+        &self,
+        inputs: &DeltaInputs<'_>,
+        prepared: &Prepared,
+        state: Option<&mut Tensor>,
+        out: &mut Tensor,
     ) {
         let DeltaSizes { tokens, key_heads, value_heads, key_width, value_width } = inputs.sizes();
-        let (keeps_errors, has_state) = (errors.is_some().into(), state.is_some());
-        let parts = if has_state { 1 } else { parts_of(tokens) };
-        let out_pitch = out.as_deref().map_or(0, Tensor::pitch);
-        let address = |tensor: Option<&mut Tensor>| Argument::Address(tensor.map_or(0, Tensor::address_mut));
-        self.sweep(inputs, prepared, "delta_answer", key_width)
-            .arguments(&[inputs.v.into(), address(out), errors.into(), address(state)])
-            .sizes(&[tokens, key_heads, value_heads, value_width, inputs.v.pitch(), out_pitch, parts])
-            .sizes(&[keeps_errors, has_state.into()])
-            .launch(self.runtime.as_ref(), [value_width.div_ceil(COLUMNS), value_heads, parts], THREADS);
+        let has_state = state.is_some();
+        let (out_pitch, state) = (out.pitch(), Argument::Address(state.map_or(0, Tensor::address_mut)));
+        Kernel::new("delta_steps", "delta_answer")
+            .element(inputs.v.dtype())
+            .number("STATE_ROWS", key_width)
+            .arguments(&[(&prepared.normed).into(), (&prepared.gates).into()])
+            .arguments(&[inputs.documents.marks().into(), inputs.v.into(), out.into(), state])
+            .sizes(&[tokens, key_heads, value_heads, value_width, inputs.v.pitch(), out_pitch])
+            .sizes(&[has_state.into()])
+            .launch(self.runtime.as_ref(), [value_width.div_ceil(COLUMNS), value_heads, 1], THREADS);
     }
 }
 
@@ -161,9 +226,21 @@ impl DeltaKernels for Gpu {
         state: Option<&mut Tensor>,
         out: &mut Tensor,
     ) -> Result<()> {
-        self.check_heads(inputs.sizes())?;
+        let sizes = inputs.sizes();
+        self.check_heads(sizes)?;
         let prepared = self.prepare(inputs)?;
-        self.answer(inputs, &prepared, state, Some(out), None);
+        if sizes.tokens <= FEW_TOKENS {
+            self.answer_tokens(inputs, &prepared, state, out);
+            return Ok(());
+        }
+        let has_state = state.is_some();
+        let learned = self.learn(inputs, &prepared, state)?;
+        let out_pitch = out.pitch();
+        self.chunked(inputs, &prepared, &learned.spans, "delta_outputs", &[])
+            .arguments(&[(&learned.errors).into(), (&learned.states).into(), out.into()])
+            .sizes(&[sizes.tokens, sizes.key_heads, sizes.value_heads, sizes.value_width, out_pitch])
+            .sizes(&[has_state.into()])
+            .launch(self.runtime.as_ref(), chunks_of(sizes), THREADS);
         Ok(())
     }
 
@@ -177,33 +254,33 @@ impl DeltaKernels for Gpu {
         let DeltaSizes { tokens, key_heads, value_heads, key_width, value_width } = sizes;
         self.check_heads(sizes)?;
         let prepared = self.prepare(inputs)?;
-        let [errors, recalled] = [(); 2].map(|()| workspace(d_out, &[tokens, value_heads, value_width]));
-        let [answers, past, future] = [(); 3].map(|()| workspace(d_out, &[tokens, value_heads, key_width]));
-        let (errors, recalled, answers, past, future) = (errors?, recalled?, answers?, past?, future?);
-        let slopes = workspace(d_out, &[tokens, value_heads])?;
+        let Learned { spans, coupling, errors, states } = self.learn(inputs, &prepared, None)?;
+        let slopes = workspace(d_out, states.shape())?;
+        let recalled = workspace(d_out, &[tokens, value_heads, value_width])?;
         let (runtime, parts, heads) =
             (self.runtime.as_ref(), parts_of(tokens), [tokens, key_heads, value_heads]);
-
-        self.answer(inputs, &prepared, None, None, Some(&errors));
-        self.sweep(inputs, &prepared, "delta_answer_back", key_width)
+        self.chunked(inputs, &prepared, &spans, "delta_outputs_back", &[d_out])
             .arguments(&[d_out.into(), (&recalled).into()])
             .sizes(&heads)
+            .sizes(&[value_width, d_out.pitch()])
+            .launch(runtime, chunks_of(sizes), THREADS);
+        self.chunked(inputs, &prepared, &spans, "delta_scan_back", &[d_out])
+            .arguments(&[(&coupling).into(), d_out.into(), (&recalled).into(), (&slopes).into()])
+            .sizes(&heads)
             .sizes(&[value_width, d_out.pitch(), parts])
-            .launch(runtime, [value_width.div_ceil(COLUMNS), value_heads, parts], THREADS);
-        let read = [Argument::from(d_out), (&errors).into(), (&recalled).into()];
-        let grid = [key_width.div_ceil(COLUMNS), value_heads, parts];
-        self.sweep(inputs, &prepared, "delta_rows", value_width)
-            .arguments(&read)
-            .arguments(&[(&answers).into(), (&past).into()])
+            .launch(runtime, [value_width.div_ceil(self.slice(sizes)), value_heads, parts], THREADS);
+        drop(coupling);
+        let [answers, past, future] = [(); 3].map(|()| workspace(d_out, &[tokens, value_heads, key_width]));
+        let (answers, past, future) = (answers?, past?, future?);
+        self.chunked(inputs, &prepared, &spans, "delta_rows", &[d_out])
+            .arguments(&[d_out.into(), (&errors).into(), (&recalled).into()])
+            .arguments(&[(&states).into(), (&slopes).into()])
+            .arguments(&[(&answers).into(), (&past).into(), (&future).into()])
             .sizes(&heads)
-            .sizes(&[key_width, d_out.pitch(), parts])
-            .launch(runtime, grid, THREADS);
-        self.sweep(inputs, &prepared, "delta_rows_back", value_width)
-            .arguments(&read)
-            .arguments(&[(&future).into()])
-            .sizes(&heads)
-            .sizes(&[key_width, d_out.pitch(), parts])
-            .launch(runtime, grid, THREADS);
+            .sizes(&[value_width, d_out.pitch()])
+            .launch(runtime, chunks_of(sizes), THREADS);
+        drop((states, slopes));
+        let slopes = workspace(d_out, &[tokens, value_heads])?;
 
         let DeltaGradients { q, k, v, beta_logits, a_logits, a_log, dt_bias } = gradients;
         let marks = Argument::from(inputs.documents.marks());

@@ -18,12 +18,13 @@ macro_rules! module {
 }
 
 /// The portable kernels.
-static MODULES: [ModuleText; 19] = [
+static MODULES: [ModuleText; 20] = [
     module!("attention"),
     module!("choice"),
     module!("convolution"),
     module!("delta"),
-    module!("delta_sweeps"),
+    module!("delta_chunks"),
+    module!("delta_steps"),
     module!("elementwise"),
     module!("expert_products"),
     module!("experts"),

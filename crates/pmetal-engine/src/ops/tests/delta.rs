@@ -12,6 +12,10 @@ on_every_device! {
     delta_rules_and_their_gradients_agree_with_the_reference,
     gated_norms_and_their_gradients_agree_with_the_reference,
     delta_rules_of_columns_of_wider_arrays_agree,
+    delta_rules_of_extreme_decays_and_rates_agree,
+    delta_rules_forget_nothing_where_nothing_decays,
+    documents_of_delta_rules_do_not_see_each_other,
+    delta_rules_of_padding_anywhere_are_those_of_their_documents,
     texts_in_parts_are_the_text_at_once,
     delta_steps_can_be_recorded,
     delta_documents_can_be_replaced,
@@ -170,13 +174,15 @@ fn apply(
 }
 
 fn delta_rules_and_their_gradients_agree_with_the_reference(device: &Device) {
-    let cases: [(Layout, Heads); 6] = [
+    let cases: [(Layout, Heads); 8] = [
         ((&[], 0), [1, 2, 4, 4]),
         ((&[1], 0), [1, 1, 2, 3]),
         (RAGGED, [2, 4, 8, 5]),
         ((&[20, 3], 0), [1, 2, 70, 66]),
         ((&[37, 1, 30], 3), [1, 3, 33, 16]),
         ((&[9], 0), [2, 2, 64, 130]),
+        ((&[64, 65], 1), [2, 2, 4, 8]),
+        ((&[150], 0), [1, 1, 72, 80]),
     ];
     for (index, (layout, heads)) in cases.into_iter().enumerate() {
         let (documents, tokens) = documents_of(device, layout);
@@ -204,6 +210,136 @@ fn delta_rules_and_their_gradients_agree_with_the_reference(device: &Device) {
             ours.extend(weights.each_ref().map(gradient_of));
             assert_gradients_of(40, &what, &function, &inputs, &d_y, &ours, tolerance(dtype));
         }
+    }
+}
+
+/// The rule and all its gradients against the reference, for these inputs.
+fn assert_rule(device: &Device, what: &str, layout: Layout, heads: Heads, inputs: &[Vec<f64>], error: f64) {
+    let (documents, tokens) = documents_of(device, layout);
+    let weights = [5, 6].map(|i: usize| weight(device, true, DType::F32, &[heads[1]], &inputs[i]));
+    let (y, gradients) = rule_and_gradients(device, &documents, tokens, heads, inputs, &weights);
+    let ranges = ranges_of(layout);
+    let function = |inputs: &[Vec<f64>]| rule(inputs, heads, &ranges);
+    assert_close(what, &y, &function(inputs), error);
+    let d_y = numbers("d_y", y.len(), DType::F32);
+    // One number for a head is the sum of terms of both signs.
+    for (is_sum, error) in [(false, error), (true, 2e-2)] {
+        let of_kind = |(index, gradient): (usize, &Option<Vec<f64>>)| {
+            gradient.clone().filter(|_| (index > 4) == is_sum)
+        };
+        let gradients: Vec<_> = gradients.iter().enumerate().map(of_kind).collect();
+        assert_gradients_of(10, what, &function, inputs, &d_y, &gradients, error);
+    }
+}
+
+/// What the rule computes in f32, and the gradients of all that it reads.
+fn rule_and_gradients(
+    device: &Device,
+    documents: &Documents,
+    tokens: usize,
+    heads: Heads,
+    inputs: &[Vec<f64>],
+    weights: &[Weight; 2],
+) -> (Vec<f64>, Vec<Option<Vec<f64>>>) {
+    let tape = Tape::recording();
+    let place =
+        |(shape, values): (&Vec<usize>, &Vec<f64>)| tape.leaf(tensor(device, DType::F32, shape, values));
+    let leaves: Vec<Var> = shapes_of(tokens, heads).iter().zip(inputs).map(place).collect();
+    let y = apply(&tape, &leaves, weights, documents, None).unwrap();
+    let d_y = numbers("d_y", y.tensor().elements(), DType::F32);
+    let d_y = tensor(device, DType::F32, y.tensor().shape(), &d_y);
+    let mut gradients = tape.backward(&y, d_y).unwrap();
+    let mut all: Vec<_> = leaves.iter().map(|leaf| arrived(&mut gradients, leaf)).collect();
+    all.extend(weights.each_ref().map(gradient_of));
+    (wide(y.tensor()), all)
+}
+
+/// Inputs of which those of the gates are times these.
+fn gated_inputs(tokens: usize, heads: Heads, [beta, a, a_log]: [f64; 3]) -> Vec<Vec<f64>> {
+    let mut inputs = rule_inputs(tokens, heads, DType::F32);
+    for (index, factor) in [(3, beta), (4, a), (5, a_log)] {
+        inputs[index].iter_mut().for_each(|value| *value = f64::from((*value * factor) as f32));
+    }
+    inputs
+}
+
+fn delta_rules_of_extreme_decays_and_rates_agree(device: &Device) {
+    let (layout, heads): (Layout, Heads) = ((&[70, 9, 129], 0), [1, 2, 8, 9]);
+    let mut inputs = gated_inputs(208, heads, [20.0, 4.0, 0.0]);
+    // Logarithms of decays from nearly 0 to -50, with tokens beside each other that forget all and nothing.
+    inputs[5] = vec![2.5, 0.0];
+    inputs[4].iter_mut().step_by(3).for_each(|value| *value -= 30.0);
+    assert_rule(device, "extreme decays", layout, heads, &inputs, 2.0 * F32_ERROR);
+}
+
+fn delta_rules_forget_nothing_where_nothing_decays(device: &Device) {
+    let (layout, heads): (Layout, Heads) = ((&[200], 0), [1, 1, 16, 8]);
+    let mut inputs = gated_inputs(200, heads, [8.0, 0.0, 0.0]);
+    inputs[4].fill(-30.0);
+    // The same key again and again, at rates of nearly one.
+    let key = inputs[1][..16].to_vec();
+    inputs[1][16 * 20..16 * 60].chunks_exact_mut(16).for_each(|row| row.copy_from_slice(&key));
+    inputs[3][20..60].fill(12.0);
+    assert_rule(device, "no decay", layout, heads, &inputs, 2.0 * F32_ERROR);
+}
+
+fn documents_of_delta_rules_do_not_see_each_other(device: &Device) {
+    let (layout, heads): (Layout, Heads) = (RAGGED, [1, 2, 8, 9]);
+    let (documents, tokens) = documents_of(device, layout);
+    let inputs = rule_inputs(tokens, heads, DType::F32);
+    let weights = [5, 6].map(|i: usize| weight(device, false, DType::F32, &[heads[1]], &inputs[i]));
+    let compute = |inputs: &[Vec<f64>]| {
+        let (y, gradients) = rule_and_gradients(device, &documents, tokens, heads, inputs, &weights);
+        let arrays = [Some(y)].into_iter().chain(gradients.into_iter().take(5));
+        arrays.map(|values| values.expect("a gradient")).collect::<Vec<_>>()
+    };
+    let before = compute(&inputs);
+    assert_eq!(compute(&inputs), before, "a second time");
+    for changed in ranges_of(layout) {
+        let mut others = inputs.clone();
+        for values in &mut others[..5] {
+            let row = values.len() / tokens;
+            values[changed.start * row..changed.end * row]
+                .iter_mut()
+                .for_each(|value| *value = 0.75 - *value);
+        }
+        let after = compute(&others);
+        for (which, (before, after)) in before.iter().zip(&after).enumerate() {
+            let row = before.len() / tokens;
+            let differs = |index: &usize| before[*index].to_bits() != after[*index].to_bits();
+            let touched: Vec<usize> = (0..before.len()).filter(differs).map(|index| index / row).collect();
+            assert!(
+                touched.iter().all(|token| changed.contains(token)),
+                "{which}: {changed:?} moves {touched:?}"
+            );
+            // What the only token of a document decays is zero.
+            assert!(changed.len() == 1 || !touched.is_empty(), "{which}: {changed:?} moves nothing");
+        }
+    }
+}
+
+fn delta_rules_of_padding_anywhere_are_those_of_their_documents(device: &Device) {
+    let (heads, tokens): (Heads, usize) = ([1, 2, 8, 9], 330);
+    let inputs = rule_inputs(tokens, heads, DType::F32);
+    let weights = [5, 6].map(|i: usize| weight(device, false, DType::F32, &[heads[1]], &inputs[i]));
+    let ranges = [5..70, 70..71, 100..230, 290..310];
+    let segment = |range: &Range<usize>| {
+        let (query_start, query_length) = (range.start, range.len());
+        Segment { query_start, query_length, key_start: query_start, key_length: query_length }
+    };
+    let segments: Vec<Segment> = ranges.iter().map(segment).collect();
+    let mut documents = Documents::single(device, tokens).unwrap();
+    documents.set(&segments).unwrap();
+    let (y, gradients) = rule_and_gradients(device, &documents, tokens, heads, &inputs, &weights);
+    let function = |inputs: &[Vec<f64>]| rule(inputs, heads, &ranges);
+    assert_close("padding", &y, &function(&inputs), F32_ERROR);
+    let d_y = numbers("d_y", y.len(), DType::F32);
+    assert_gradients_of(10, "padding", &function, &inputs, &d_y, &gradients, F32_ERROR);
+    let is_padding = |token: usize| !ranges.iter().any(|range| range.contains(&token));
+    for values in [Some(y)].iter().chain(&gradients[..5]).flatten() {
+        let row = values.len() / tokens;
+        let mut rows = values.chunks_exact(row).enumerate();
+        assert!(rows.all(|(token, row)| !is_padding(token) || row.iter().all(|&value| value == 0.0)));
     }
 }
 
@@ -288,8 +424,8 @@ fn rows_of(inputs: &[Vec<f64>], tokens: usize, rows: Range<usize>) -> Vec<Vec<f6
 }
 
 fn texts_in_parts_are_the_text_at_once(device: &Device) {
-    let (tokens, heads, channels, taps): (usize, Heads, usize, usize) = (80, [2, 4, 9, 40], 6, 4);
-    let whole = ranges_of((&[80], 0));
+    let (tokens, heads, channels, taps): (usize, Heads, usize, usize) = (230, [2, 4, 9, 40], 6, 4);
+    let whole = ranges_of((&[230], 0));
     for &dtype in types(device) {
         let inputs = rule_inputs(tokens, heads, dtype);
         let weights = [5, 6].map(|i: usize| weight(device, false, DType::F32, &[heads[1]], &inputs[i]));
@@ -304,7 +440,7 @@ fn texts_in_parts_are_the_text_at_once(device: &Device) {
         // Twice, from the start again; the second part is shorter than what a convolution holds, and padded.
         for _ in 0..2 {
             let (mut answers, mut sums, mut first) = (Vec::new(), Vec::new(), 0);
-            for (count, padding) in [(65, 0), (2, 3), (10, 1), (1, 0), (1, 0), (1, 4)] {
+            for (count, padding) in [(65, 0), (2, 3), (10, 1), (1, 0), (1, 0), (1, 4), (20, 0), (130, 70)] {
                 let rows = first..first + count;
                 let place = |values: &[f64], shape: &[usize]| {
                     let mut values = values.to_vec();
