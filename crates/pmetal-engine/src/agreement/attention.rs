@@ -73,10 +73,34 @@ fn attend_with(
 
 /// Attention to keys that are given, of which some queries have none.
 pub(super) fn attend_chosen(inputs: &Inputs<'_>, p: &AttentionParameters) -> Result<Vec<Tensor>> {
+    attend_with(inputs, p, true, &chosen(inputs, p)?)
+}
+
+fn chosen(inputs: &Inputs<'_>, p: &AttentionParameters) -> Result<AttentionMask> {
     let mask = AttentionMask::new(inputs.device, p, segments(), [TOKENS; 2])?;
     let words: Vec<u32> = (0..TOKENS as u32).map(|query| 0x5b6d_3590 ^ (query * 0x1357)).collect();
     let bits = Tensor::from_slice(inputs.device, Category::Workspace, &[TOKENS, 1], &words)?;
-    attend_with(inputs, p, true, &mask.with_choice(&KeyChoice { bits, tokens: [TOKENS; 2] })?)
+    mask.with_choice(&KeyChoice { bits, tokens: [TOKENS; 2] })
+}
+
+/// Attention forward of heads that share one key head of a great width, to all keys or those that are given.
+pub(super) fn attend_wide(inputs: &Inputs<'_>, p: &AttentionParameters) -> Result<Vec<Tensor>> {
+    let p = &AttentionParameters { key_value_heads: 1, key_width: 264, value_width: 257, scale: 0.1, ..*p };
+    let (q, k) = (
+        inputs.tensor(1, &[TOKENS, p.query_heads, p.key_width])?,
+        inputs.tensor(2, &[TOKENS, 1, p.key_width])?,
+    );
+    let v = inputs.tensor(3, &[TOKENS, 1, p.value_width])?;
+    let sinks = inputs.floats(4, &[p.query_heads])?;
+    let mut results = Vec::new();
+    for mask in [AttentionMask::new(inputs.device, p, segments(), [TOKENS; 2])?, chosen(inputs, p)?] {
+        let mut out = inputs.empty(&[TOKENS, p.query_heads, p.value_width])?;
+        let mut logs = inputs.floats(5, &[TOKENS, p.query_heads])?;
+        inputs.device.kernels().attention(p, &mask, &q, &k, &v, Some(&sinks), &mut out, &mut logs);
+        let (before, behind) = (logs.slice_rows(0, LONE)?, logs.slice_rows(LONE + 1, TOKENS - LONE - 1)?);
+        results.extend([out, before, behind]);
+    }
+    Ok(results)
 }
 
 /// Whether each key is chosen by each query, as zeros and ones: `count` keys by `heads` heads of a width.

@@ -102,6 +102,7 @@ fn groups() -> [Group; 20] {
             };
             let mut all = attention::attend(inputs, &parameters, true)?;
             all.extend(attention::attend_chosen(inputs, &parameters)?);
+            all.extend(attention::attend_wide(inputs, &parameters)?);
             Ok(all)
         }),
         ("choice of keys", |inputs| {

@@ -1,7 +1,9 @@
 //! Kernels that work on rows.
 
 use super::Inputs;
-use crate::device::{DropoutMask, GateActivation, Held, LayerNorm, NormWeight, RopePairing, RopeRows};
+use crate::device::{
+    DropoutMask, GateActivation, HeadRows, Held, LayerNorm, NormWeight, RopePairing, RopeRows,
+};
 use crate::error::Result;
 use crate::memory::Category;
 use crate::random::RandomKey;
@@ -137,7 +139,15 @@ pub(super) fn heads(inputs: &Inputs<'_>, width: usize) -> Result<Vec<Tensor>> {
     kernels.copy_heads(&one, &mut repeated, [0, 8], width);
     let mut sum = inputs.empty(&[4, 1, width])?;
     kernels.sum_heads(&x, 8, &mut sum);
-    Ok(vec![copied, odd, repeated, sum])
+    // Two heads with four rows each, of which two are meant.
+    let matrix = inputs.tensor(6, &[8, width])?;
+    let (wide, narrow) = (inputs.dense(7, &[5, 2, width])?, inputs.dense(8, &[5, 2, 2])?);
+    let (mut by_rows, mut by_columns) = (inputs.dense(9, &[5, 2, 2])?, inputs.dense(10, &[5, 2, width])?);
+    let rows = HeadRows { matrix: &matrix, rows: 4, part: [1, 2], by_columns: false };
+    kernels.head_products(&wide, &rows, &mut by_rows, true)?;
+    let columns = HeadRows { by_columns: true, ..rows };
+    kernels.head_products(&narrow, &columns, &mut by_columns, false)?;
+    Ok(vec![copied, odd, repeated, sum, by_rows, by_columns])
 }
 
 /// The sum of many rows.

@@ -383,9 +383,12 @@ fn a_wrong_kernel_fails_the_test_of_its_group_alone() {
         ("choice of keys", "before++ >= left", "before++ > left"),
         ("attention", "j = next_key(chosen, j + 1, end)", "++j"),
         ("attention", "if (chosen && !(chosen[", "if (0 && !(chosen["),
+        ("attention", "slope) - top) * share", "slope) - top)"),
         ("activations", "slope = gate * (1.0f + x * (1.0f - gate))", "slope = gate"),
         ("rows", "x + (ulong64)indices[GROUP_X] * pitch", "x + (ulong64)GROUP_X * pitch"),
         ("heads", "head < heads; ++head", "head < heads - 1; ++head"),
+        ("heads", "head * rows + first + n", "head * rows + n"),
+        ("heads", "parts[0][i] + parts[1][i]", "parts[0][i]"),
         (
             "convolutions",
             "waiting[TAPS - 1 - tap] += factors[tap] * slope",

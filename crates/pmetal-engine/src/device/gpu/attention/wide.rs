@@ -73,7 +73,8 @@ impl Gpu {
             let mut result = Tensor::scratch(&device, Category::Workspace, dtype, &shape)?;
             let means = (Operand::plain(&weights), Operand::plain(&v));
             self.multiply(&[means], &mut result, &Finish::STORE, arithmetic)?;
-            out.write_rows(first, &result.reshape(&[count, heads, p.value_width])?)?;
+            let result = result.reshape(&[count, heads, p.value_width])?;
+            out.with_rows_mut(first, count, |out| out.write_rows(0, &result))?;
         }
         Ok(())
     }
