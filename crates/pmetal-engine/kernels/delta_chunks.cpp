@@ -30,6 +30,11 @@
 
 #define CHUNK 64
 #define GROUP 128
+// Where matrix units multiply, groups wait for memory and for each other more than they compute.
+#if ROUNDED == 1 && ALIGNED
+#undef KERNEL_BOUNDS
+#define KERNEL_BOUNDS AT_ONCE(GROUP, 4)
+#endif
 // Columns of operands in shared memory at a time, and pitches there that SIMD groups read without conflicts.
 #define STEP 16
 #define TALL (STEP + 4)

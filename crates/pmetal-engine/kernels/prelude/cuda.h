@@ -1,7 +1,11 @@
 // The words that kernels are written in, for CUDA. NVRTC compiles this text in front of a kernel's; nothing is included.
 // A group is a block of threads along x, a SIMD group 32 of them.
 
-#define KERNEL(name) extern "C" __global__ void name
+#define KERNEL(name) extern "C" __global__ void KERNEL_BOUNDS name
+// What a text may say of its kernels, as KERNEL_BOUNDS: registers are to be divided so that so many groups are on a
+// multiprocessor.
+#define AT_ONCE(threads, groups) __launch_bounds__(threads, groups)
+#define KERNEL_BOUNDS
 // Where a thread is are parameters in Metal: a kernel is given them first, a function that asks takes them first (POSITION)
 // and is handed them first (HERE). What a function writes by reference is LOCAL.
 #define GIVEN_POSITION

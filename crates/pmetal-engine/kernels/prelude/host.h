@@ -25,6 +25,8 @@ struct HostPosition {};
 static inline const HostPlace& host_at(HostPosition) { return host_place; }
 
 #define KERNEL(name) static void name
+#define AT_ONCE(threads, groups)
+#define KERNEL_BOUNDS
 #define GIVEN_POSITION HostPosition here,
 #define POSITION HostPosition here,
 #define HERE here,

@@ -10,6 +10,8 @@
 using namespace metal;
 
 #define KERNEL(name) kernel void name
+#define AT_ONCE(threads, groups)
+#define KERNEL_BOUNDS
 // Where a thread is are parameters: a kernel is given them first, a function that asks takes them first and is handed
 // them first.
 #define GIVEN_POSITION                                                                            \
