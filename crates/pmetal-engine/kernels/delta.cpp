@@ -13,7 +13,7 @@
 // delta_gates_back  d_a, and adds to d_a_log and d_dt_bias where they are not null: sums of slopes from each token to the end
 //                   of its document, in a fixed order. Grid H, group 256
 // gated_norm        out = w * n * silu(gate), n being x / rms(x) rounded to ELEMENT; rows as those of rms_norm in norm.cpp.
-//                   Grid rows, group 32..1024; bytes: three rows
+//                   A SIMD group takes a row. Grid ceil(rows / 4), group 128; bytes: three rows
 // gated_norm_back   d_x and d_gate, and 1 / rms to f32 scales [rows]. The same grid; bytes: five rows
 // gated_norm_sums   partial sums of the weight's gradient, f32 [parts, width]. Grid (ceil(width / 128), parts), group 128
 
@@ -189,16 +189,17 @@ DEVICE float rounded(float x) {
 
 KERNEL(gated_norm)(GIVEN_POSITION
     const GLOBAL ELEMENT* x, const GLOBAL ELEMENT* gate, const GLOBAL float* weight, GLOBAL ELEMENT* out,
-    SCALAR(uint, width), SCALAR(uint, inner), SCALAR(uint, pitch), SCALAR(uint, gate_pitch), SCALAR(uint, out_pitch),
-    SCALAR(float, epsilon)) {
-    SHARED float scratch[32];
-    x += row_start(GROUP_X, inner, pitch, width);
-    gate += row_start(GROUP_X, inner, gate_pitch, width);
-    out += row_start(GROUP_X, inner, out_pitch, width);
+    SCALAR(uint, rows), SCALAR(uint, width), SCALAR(uint, inner), SCALAR(uint, pitch), SCALAR(uint, gate_pitch),
+    SCALAR(uint, out_pitch), SCALAR(float, epsilon)) {
+    uint row = GROUP_X * (THREADS / 32) + THREAD / 32, lane = THREAD % 32;
+    if (row >= rows) return;
+    x += row_start(row, inner, pitch, width);
+    gate += row_start(row, inner, gate_pitch, width);
+    out += row_start(row, inner, out_pitch, width);
     float squares = 0.0f;
-    for (uint i = THREAD; i < width; i += THREADS) squares += widen(x[i]) * widen(x[i]);
-    float scale = inverse_rms(group_sum(HERE squares, scratch), width, epsilon);
-    for (uint i = THREAD; i < width; i += THREADS) {
+    for (uint i = lane; i < width; i += 32) squares += widen(x[i]) * widen(x[i]);
+    float scale = inverse_rms(simd_sum(squares), width, epsilon);
+    for (uint i = lane; i < width; i += 32) {
         float value = widen(gate[i]);
         narrow(rounded(widen(x[i]) * scale) * weight[i] * (value * logistic(value)), out + i);
     }
@@ -206,28 +207,26 @@ KERNEL(gated_norm)(GIVEN_POSITION
 
 KERNEL(gated_norm_back)(GIVEN_POSITION
     const GLOBAL ELEMENT* x, const GLOBAL ELEMENT* gate, const GLOBAL float* weight, const GLOBAL ELEMENT* d_out,
-    GLOBAL ELEMENT* d_x, GLOBAL ELEMENT* d_gate, GLOBAL float* scales, SCALAR(uint, width), SCALAR(uint, inner),
-    SCALAR(uint, pitch), SCALAR(uint, gate_pitch), SCALAR(uint, out_pitch), SCALAR(uint, d_x_pitch),
+    GLOBAL ELEMENT* d_x, GLOBAL ELEMENT* d_gate, GLOBAL float* scales, SCALAR(uint, rows), SCALAR(uint, width),
+    SCALAR(uint, inner), SCALAR(uint, pitch), SCALAR(uint, gate_pitch), SCALAR(uint, out_pitch), SCALAR(uint, d_x_pitch),
     SCALAR(uint, d_gate_pitch), SCALAR(float, epsilon)) {
-    SHARED float scratch[32];
-    x += row_start(GROUP_X, inner, pitch, width);
-    gate += row_start(GROUP_X, inner, gate_pitch, width);
-    d_out += row_start(GROUP_X, inner, out_pitch, width);
-    d_x += row_start(GROUP_X, inner, d_x_pitch, width);
-    d_gate += row_start(GROUP_X, inner, d_gate_pitch, width);
+    uint row = GROUP_X * (THREADS / 32) + THREAD / 32, lane = THREAD % 32;
+    if (row >= rows) return;
+    x += row_start(row, inner, pitch, width);
+    gate += row_start(row, inner, gate_pitch, width);
+    d_out += row_start(row, inner, out_pitch, width);
+    d_x += row_start(row, inner, d_x_pitch, width);
+    d_gate += row_start(row, inner, d_gate_pitch, width);
     float squares = 0.0f, product = 0.0f;
-    for (uint i = THREAD; i < width; i += THREADS) {
+    for (uint i = lane; i < width; i += 32) {
         float a = widen(x[i]), value = widen(gate[i]);
         squares += a * a;
         product += a * widen(d_out[i]) * weight[i] * (value * logistic(value));
     }
-    squares = group_sum(HERE squares, scratch);
-    BARRIER();
-    product = group_sum(HERE product, scratch);
-    float scale = inverse_rms(squares, width, epsilon);
-    float back = product * scale * scale * scale / (float)width;
-    if (THREAD == 0) scales[GROUP_X] = scale;
-    for (uint i = THREAD; i < width; i += THREADS) {
+    float scale = inverse_rms(simd_sum(squares), width, epsilon);
+    float back = simd_sum(product) * scale * scale * scale / (float)width;
+    if (lane == 0) scales[row] = scale;
+    for (uint i = lane; i < width; i += 32) {
         float a = widen(x[i]), value = widen(gate[i]), share = logistic(value), slope = widen(d_out[i]) * weight[i];
         narrow(slope * (value * share) * scale - a * back, d_x + i);
         narrow(slope * a * scale * share * (1.0f + value * (1.0f - share)), d_gate + i);

@@ -60,6 +60,11 @@ impl Parameter {
         state.refresh_shadow();
     }
 
+    /// The copy that is kept, if it is of this type.
+    pub(crate) fn shadow_in(&self, dtype: DType) -> Option<Tensor> {
+        self.state().shadow.clone().filter(|shadow| shadow.dtype() == dtype)
+    }
+
     /// A handle to the gradient, `None` when no backward pass has reached the parameter.
     pub fn gradient(&self) -> Option<Tensor> {
         let state = self.state();
@@ -168,6 +173,24 @@ impl Weight {
             Self::Trainable(parameter) => parameter.set_shadow(target),
         }
         Ok(())
+    }
+
+    /// Keeps a copy in the type of products from now on, where the value is trained and products would narrow it at every
+    /// use.
+    pub(crate) fn keep_copy(&self, dtype: DType) -> Result<()> {
+        let value = self.value();
+        if self.parameter().is_none() || value.is_host() || value.dtype() == dtype {
+            return Ok(());
+        }
+        let (device, shape) = (value.device().clone(), value.shape().to_vec());
+        drop(value);
+        self.copy_into(Tensor::zeros(&device, Category::Weights, dtype, &shape)?)
+    }
+
+    /// The copy in this type, where one is kept, else the value in its own.
+    pub(crate) fn read_in(&self, dtype: DType) -> Tensor {
+        let copy = self.parameter().and_then(|parameter| parameter.shadow_in(dtype));
+        copy.unwrap_or_else(|| self.value())
     }
 
     /// The shape of the value.

@@ -504,9 +504,10 @@ impl Decoder {
         mut change: impl FnMut(&str, &mut ExpertLinear) -> Result<()>,
     ) -> Result<()> {
         let layers = self.layers.iter_mut().map(Arc::make_mut);
-        layers
-            .flat_map(|layer| layer.expert_modules_mut())
-            .try_for_each(|module| change(&module.name.clone(), &mut module.layer))
+        layers.flat_map(|layer| layer.expert_modules_mut()).try_for_each(|module| {
+            change(&module.name.clone(), &mut module.layer)?;
+            Ok(module.layer.pack(self.dtype)?)
+        })
     }
 
     /// Every weight of the base model by the name that checkpoints use, tied ones once.

@@ -1,7 +1,7 @@
 //! Linear-attention layers: `kernels/convolution.cpp`, `kernels/delta.cpp`, `kernels/delta_chunks.cpp` and
 //! `kernels/delta_steps.cpp`.
 
-use super::launch::{Kernel, is_aligned, lanes};
+use super::launch::{Kernel, is_aligned};
 use super::runtime::Argument;
 use super::{Gpu, SUM_PARTS, norm_rows};
 use crate::device::{DeltaGradients, DeltaInputs, DeltaKernels, DeltaSizes, Documents};
@@ -322,9 +322,9 @@ impl DeltaKernels for Gpu {
         Kernel::new("delta", "gated_norm")
             .element(x.dtype())
             .arguments(&[x.into(), gate.into(), weight.into(), (&mut *out).into()])
-            .sizes(&[width, inner, x.pitch(), gate.pitch(), out.pitch()])
+            .sizes(&[rows, width, inner, x.pitch(), gate.pitch(), out.pitch()])
             .arguments(&[Argument::F32(epsilon)])
-            .launch(self.runtime.as_ref(), [rows, 1, 1], lanes(width));
+            .launch(self.runtime.as_ref(), [rows.div_ceil(4), 1, 1], 128);
     }
 
     fn gated_rms_norm_backward(
@@ -342,9 +342,9 @@ impl DeltaKernels for Gpu {
             .element(x.dtype())
             .arguments(&[x.into(), gate.into(), weight.into(), d_out.into()])
             .arguments(&[d_x.into(), d_gate.into(), (&scales).into()])
-            .sizes(&[width, inner, x.pitch(), gate.pitch(), d_out.pitch(), d_x_pitch, d_gate_pitch])
+            .sizes(&[rows, width, inner, x.pitch(), gate.pitch(), d_out.pitch(), d_x_pitch, d_gate_pitch])
             .arguments(&[Argument::F32(epsilon)])
-            .launch(self.runtime.as_ref(), [rows, 1, 1], lanes(width));
+            .launch(self.runtime.as_ref(), [rows.div_ceil(4), 1, 1], 128);
         let Some(d_weight) = d_weight else { return Ok(()) };
         let parts = rows.clamp(1, SUM_PARTS);
         let sums = workspace(x, &[parts, width])?;

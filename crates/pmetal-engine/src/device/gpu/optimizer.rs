@@ -143,8 +143,11 @@ impl Gpu {
         let shadow_type = shadows.map(|shadow| shadow.dtype()).next().unwrap_or(DType::F32);
         let describe = |entry: &mut AdamWEntry<'_>| {
             let shadow = entry.shadow.as_mut();
-            let (address, columns, pitch) =
-                shadow.map_or((0, 1, 1), |shadow| (shadow.address_mut(), shadow.columns(), shadow.pitch()));
+            // What has no gaps is one row.
+            let (address, columns, pitch) = shadow.map_or((0, 1, 1), |shadow| match shadow.is_contiguous() {
+                true => (shadow.address_mut(), shadow.elements(), shadow.elements()),
+                false => (shadow.address_mut(), shadow.columns(), shadow.pitch()),
+            });
             let (value, gradient) = (entry.value.address_mut(), entry.gradient.address());
             let (first, second) = (entry.first.address_mut(), entry.second.address_mut());
             let elements = entry.value.elements();

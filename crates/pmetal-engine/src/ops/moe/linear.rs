@@ -33,6 +33,17 @@ pub struct ExpertLora {
     pub scale: f32,
 }
 
+impl ExpertLinear {
+    /// Keeps copies of trained adapters in the type of activations on devices with memory of their own. Adapters that are
+    /// given later have none.
+    ///
+    /// # Errors
+    /// Out of memory.
+    pub fn pack(&self, dtype: DType) -> Result<()> {
+        self.lora.iter().flat_map(|lora| [&lora.a, &lora.b]).try_for_each(|weight| weight.keep_copy(dtype))
+    }
+}
+
 /// Rows of experts x \[P, D\] through their layers, \[P, N\] in the type of x.
 ///
 /// The adapters ride on the main product, as in [`crate::ops::linear`]. Keeps x only when A or W is trained, and s x A^T. The
@@ -53,7 +64,7 @@ pub fn expert_linear(tape: &Tape, x: &Var, layer: &ExpertLinear, routing: &Routi
 
     let reduced = match &layer.lora {
         Some(lora) => {
-            let a = lora.a.value();
+            let a = lora.a.read_in(dtype);
             expect_shape(
                 "expert_linear",
                 "lora_A",
@@ -73,7 +84,7 @@ pub fn expert_linear(tape: &Tape, x: &Var, layer: &ExpertLinear, routing: &Routi
         }
         None => None,
     };
-    let b = layer.lora.as_ref().map(|lora| lora.b.value());
+    let b = layer.lora.as_ref().map(|lora| lora.b.read_in(dtype));
     let mut products = vec![(input, Operand { tensor: &weight, transposed: !layer.transposed })];
     if let (Some(reduced), Some(b)) = (&reduced, &b) {
         expect_shape("expert_linear", "lora_B", b.shape(), &[plan.experts, features, reduced.columns()])?;
@@ -155,7 +166,7 @@ impl Node {
             (Some(lora), Some(reduced)) => {
                 let shape = [d_out.rows(), reduced.columns()];
                 let mut d_reduced = Tensor::scratch(&device, Category::Activations, d_out.dtype(), &shape)?;
-                let b = lora.b.value();
+                let b = lora.b.read_in(d_out.dtype());
                 let finish = ExpertFinish { scale: lora.scale, ..ExpertFinish::STORE };
                 let product = (&d_out, Operand::plain(&b));
                 let arithmetic = arithmetic_for(d_out.dtype());
@@ -209,7 +220,7 @@ impl Node {
     ) -> Result<()> {
         let kernels = d_out.device().kernels().experts();
         let weight = self.layer.weight.value();
-        let a = self.layer.lora.as_ref().map(|lora| lora.a.value());
+        let a = self.layer.lora.as_ref().map(|lora| lora.a.read_in(d_out.dtype()));
         let mut products = vec![(d_out, Operand { tensor: &weight, transposed: self.layer.transposed })];
         products.extend(d_reduced.zip(a.as_ref()).map(|(d, a)| (d, Operand::plain(a))));
         gradients.add_with(slot, (d_out, &self.shape, 0), |d_input, accumulate| {

@@ -5,6 +5,7 @@ use crate::ops::{self, ExpertLinear, ExpertLora, PairedGate, SumOptions, Weighti
 on_every_device! {
     layers_of_experts_agree_with_the_reference,
     a_mixture_is_the_same_where_it_is_computed_again,
+    copies_of_adapters_follow_what_is_learned,
 }
 
 /// Sizes of a layer: tokens, experts, choices, width, features, rank (0 = no adapter).
@@ -204,6 +205,53 @@ fn a_mixture_is_the_same_where_it_is_computed_again(device: &Device) {
         assert!(kept.iter().flatten().all(|&bits| f32::from_bits(bits).is_finite()), "{dtype}");
         assert!(run(device, dtype, &Tape::recording(), false) == kept, "{dtype}, cheap");
         assert!(run(device, dtype, &Tape::recording(), true) == kept, "{dtype}, full");
+    }
+}
+
+fn copies_of_adapters_follow_what_is_learned(device: &Device) {
+    for &dtype in types(device) {
+        let mut mixture = Mixture::new(device, dtype);
+        let pack = |mixture: &Mixture| {
+            [&mixture.gate_up, &mixture.down].map(|layer| layer.pack(dtype).unwrap());
+        };
+        pack(&mixture);
+        let (balance, tape) = (balance_by(device, EXPERTS, None, 0.1), Tape::recording());
+        let x = tape.leaf(tensor(device, dtype, &[TOKENS, WIDTH], &numbers("x", TOKENS * WIDTH, dtype)));
+        let y = mixture.forward(&tape, &x, &balance).unwrap();
+        let before = bits(y.tensor());
+        tape.backward(&y, tensor(device, dtype, &[TOKENS, WIDTH], &numbers("d", TOKENS * WIDTH, dtype)))
+            .unwrap();
+        let constants = crate::device::AdamWParameters {
+            learning_rate: 0.1,
+            beta1: 0.9,
+            beta2: 0.999,
+            epsilon: 1e-8,
+            weight_decay: 0.0,
+            step: 1,
+            gradient_scale: 1.0,
+            max_norm: 0.0,
+        };
+        for lora in [&mut mixture.gate_up, &mut mixture.down].map(|layer| layer.lora.as_mut().unwrap()) {
+            for weight in [&mut lora.a, &mut lora.b] {
+                let learned = parameter(weight);
+                let mut state = ops::AdamWState::new(&learned).unwrap();
+                ops::adamw_step(&learned, &mut state, &constants).unwrap();
+            }
+        }
+        let forward = |mixture: &Mixture| {
+            bits(mixture.forward(&Tape::off(), &x, &balance_by(device, EXPERTS, None, 0.1)).unwrap().tensor())
+        };
+        let after = forward(&mixture);
+        assert!(after != before, "{dtype}: nothing was learned");
+        // The same values as new parameters.
+        for lora in [&mut mixture.gate_up, &mut mixture.down].map(|layer| layer.lora.as_mut().unwrap()) {
+            for weight in [&mut lora.a, &mut lora.b] {
+                let value = parameter(weight).value().copy(Category::Parameters).unwrap();
+                *weight = Weight::Trainable(Parameter::new("again", value));
+            }
+        }
+        pack(&mixture);
+        assert!(forward(&mixture) == after, "{dtype}: copies are not what was learned");
     }
 }
 
