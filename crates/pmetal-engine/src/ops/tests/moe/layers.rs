@@ -212,7 +212,9 @@ fn copies_of_adapters_follow_what_is_learned(device: &Device) {
     for &dtype in types(device) {
         let mut mixture = Mixture::new(device, dtype);
         let pack = |mixture: &Mixture| {
-            [&mixture.gate_up, &mixture.down].map(|layer| layer.pack(dtype).unwrap());
+            for layer in [&mixture.gate_up, &mixture.down] {
+                layer.pack(dtype).unwrap();
+            }
         };
         pack(&mixture);
         let (balance, tape) = (balance_by(device, EXPERTS, None, 0.1), Tape::recording());
