@@ -2,7 +2,7 @@
 //! fixture's model, and the comparison with the reference's numbers must fail.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "helpers of tests are tests")]
 
-use std::path::{Path, PathBuf};
+mod support;
 
 use pmetal::engine::Device;
 use pmetal::engine::device::{NormWeight, RopePairing};
@@ -13,6 +13,7 @@ use pmetal::models::spec::{
     AttentionSpec, ExpertsSpec, FeedForwardSpec, HeadNorm, IndexerSpec, NormKind, Projection,
 };
 use rayon::prelude::*;
+use support::fixture;
 
 /// The piece of mathematics, a fixture that has it, and how it is taken away.
 type Case = (&'static str, &'static str, fn(&mut Spec));
@@ -103,10 +104,6 @@ const CASES: &[Case] = &[
         experts(spec, |e| e.gate = PairedGate::Clamped { slope: 1.702, limit: 7.0 });
     }),
 ];
-
-fn fixture(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures").join(name)
-}
 
 #[test]
 fn every_piece_of_mathematics_is_noticed_when_it_is_gone() {

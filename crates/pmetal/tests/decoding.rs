@@ -3,13 +3,16 @@
 #![allow(clippy::disallowed_methods)] // tests prepare files as they like
 #![allow(clippy::unwrap_used, clippy::panic)] // a test that fails may panic, also in its helpers
 
-use std::path::{Path, PathBuf};
+mod support;
+
+use std::path::Path;
 
 use pmetal::engine::{DType, Device};
 use pmetal::formats::safetensors::SafetensorsFile;
 use pmetal::generate::{Finish, Sampling, Session, StopRules};
 use pmetal::models::Decoder;
 use pmetal::models::loader::{self, LoadOptions};
+use support::fixture;
 
 fn emulator() -> Option<Device> {
     let device = Device::emulator(1);
@@ -17,10 +20,6 @@ fn emulator() -> Option<Device> {
         println!("skipped: no C++ compiler");
     }
     device
-}
-
-fn fixture(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures").join(name)
 }
 
 fn decoder_on(folder: &Path, device: &Device, dtype: DType) -> Decoder {

@@ -17,12 +17,7 @@ use pmetal::models::{Decoder, Forward, TokenRun};
 use rayon::prelude::*;
 
 fn fixtures() -> Vec<PathBuf> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures");
-    let entries = std::fs::read_dir(root).unwrap().map(|entry| entry.unwrap().path());
-    let mut folders: Vec<PathBuf> = entries.filter(|path| path.is_dir()).collect();
-    folders.sort();
-    assert!(folders.len() >= 60, "only {} fixtures are there", folders.len());
-    folders
+    support::fixture_names().iter().map(|name| support::fixture(name)).collect()
 }
 
 fn name_of(folder: &Path) -> String {
@@ -114,19 +109,6 @@ fn readme_lists_the_families_that_fixtures_prove() {
     }
 }
 
-fn copy_folder(from: &Path, to: &Path) {
-    std::fs::create_dir_all(to).unwrap();
-    for entry in std::fs::read_dir(from).unwrap() {
-        let path = entry.unwrap().path();
-        let target = to.join(path.file_name().unwrap());
-        if path.is_dir() {
-            copy_folder(&path, &target);
-        } else {
-            std::fs::copy(&path, &target).unwrap();
-        }
-    }
-}
-
 /// Adds `amount` to the number `index` of an f32 tensor of a safetensors file.
 fn plant(file: &Path, tensor: &str, index: usize, amount: f32) {
     let mut bytes = std::fs::read(file).unwrap();
@@ -155,7 +137,7 @@ fn a_wrong_number_is_missed_and_nothing_else() {
     for (quantity, index, amount) in planted {
         let scratch = tempfile::tempdir().unwrap();
         let copy = scratch.path().join("qwen3");
-        copy_folder(&folder, &copy);
+        support::copy_files(&folder, &copy);
         plant(&copy.join("expected.safetensors"), quantity, index, amount);
         let report = verify(&copy, &Device::cpu(), DType::F32).unwrap();
         let names: Vec<&str> = missed(&report).map(|comparison| comparison.quantity.as_str()).collect();
@@ -168,7 +150,7 @@ fn a_wrong_number_is_missed_and_nothing_else() {
 fn a_number_that_is_not_one_is_missed() {
     let folder = fixtures().into_iter().find(|folder| name_of(folder) == "llama2").unwrap();
     let scratch = tempfile::tempdir().unwrap();
-    copy_folder(&folder, scratch.path());
+    support::copy_files(&folder, scratch.path());
     plant(&scratch.path().join("expected.safetensors"), "logits", 0, f32::NAN);
     let report = verify(scratch.path(), &Device::cpu(), DType::F32).unwrap();
     assert_eq!(missed(&report).count(), 1);
@@ -178,7 +160,7 @@ fn a_number_that_is_not_one_is_missed() {
 fn a_quantity_that_nobody_computes_is_refused() {
     let folder = fixtures().into_iter().find(|folder| name_of(folder) == "llama2").unwrap();
     let scratch = tempfile::tempdir().unwrap();
-    copy_folder(&folder, scratch.path());
+    support::copy_files(&folder, scratch.path());
     let file = scratch.path().join("expected.safetensors");
     let bytes = std::fs::read(&file).unwrap();
     let position = bytes.windows(10).position(|window| window == b"\"hidden.1\"").unwrap();

@@ -2,8 +2,9 @@
 //! clipping and the loss agree with PyTorch.
 #![allow(clippy::unwrap_used, clippy::panic)] // a test that fails may panic, also in its helpers
 
+mod support;
+
 use std::io::Write;
-use std::path::Path;
 
 use pmetal::engine::device::{AdamWParameters, CrossEntropyParameters};
 use pmetal::engine::ops::{self, AdamWState};
@@ -64,13 +65,8 @@ fn models(device: &Device) -> Vec<String> {
     if device.name() == "emulator" {
         return ["llama2", "qwen3-window", "deepseek-v32", "qwen3-next"].map(str::to_owned).to_vec();
     }
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures");
-    let names =
-        std::fs::read_dir(root).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
     // Adapters that name each expert are not trained; both models are there with adapters that do not.
-    let mut names: Vec<String> = names.filter(|name| !name.ends_with("-by-expert")).collect();
-    names.sort();
-    names
+    support::fixture_names().into_iter().filter(|name| !name.ends_with("-by-expert")).collect()
 }
 
 /// Calls a test with each model in each type; a processor's cores share them.
@@ -100,7 +96,7 @@ fn decoder(name: &str, train_all: bool) -> Decoder {
 }
 
 fn decoder_on(device: &Device, dtype: DType, name: &str, train_all: bool) -> Decoder {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures").join(name);
+    let folder = support::fixture(name);
     let (checkpoint, config) = loader::open(&folder).unwrap();
     let options = LoadOptions { dtype, train_all };
     let mut decoder = loader::load(&checkpoint, &config, device, options).unwrap().decoder;
@@ -532,7 +528,7 @@ fn cross_entropy_and_its_gradient_are_those_of_pytorch() {
 fn layers_that_are_read_one_by_one_give_the_loss_of_the_whole_model() {
     let batch = packed(&rows());
     for_every_model(&Device::cpu(), |name, _| {
-        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures").join(name);
+        let folder = support::fixture(name);
         let (checkpoint, config) = loader::open(&folder).unwrap();
         let options = LoadOptions { dtype: DType::F32, train_all: false };
         let mut decoder = loader::load(&checkpoint, &config, &Device::cpu(), options).unwrap().decoder;

@@ -1,7 +1,7 @@
 //! The arithmetic that a step of training cannot do without.
 
-use super::loader;
-use super::spec::{FeedForwardSpec, LayerSpec, Projection, Spec};
+use super::loader::{Need, needs};
+use super::spec::{FeedForwardSpec, LayerSpec, Spec};
 
 /// Matrix products of the delta rule in a token and head: what is read from the state twice, and what is written to it.
 const DELTA_PRODUCTS: usize = 3;
@@ -24,9 +24,9 @@ impl Spec {
 
     /// Elements of the matrices that a token is multiplied by.
     fn active_weights(&self) -> u128 {
-        let is_matrix = |need: &&loader::Need| need.shape.len() == 2 && !need.name.contains("norm");
-        let needs = loader::needs(self);
-        let all: u128 = needs.iter().filter(is_matrix).map(|need| elements(&need.shape)).sum();
+        let is_matrix = |need: &&Need| need.shape.len() == 2 && !need.name.contains("norm");
+        let needs = needs(self);
+        let all: u128 = needs.iter().filter(is_matrix).map(Need::elements).sum();
         // Rows of the embedding are looked up; where it is the head too, they are multiplied by once.
         let embedding = if self.tied_head { 0 } else { elements(&[self.vocabulary, self.width]) };
         let experts = self.layers.iter().map(|layer| match &layer.feed_forward {
@@ -53,10 +53,7 @@ fn mixing(layer: &LayerSpec, length: usize) -> f64 {
         let keys = |position| (position + 1 - attention.mask.first_key(position)).min(most);
         (0..length).map(keys).sum()
     };
-    let indexer = match attention.projection {
-        Projection::Latent(latent) => latent.indexer,
-        Projection::Apart | Projection::Fused => None,
-    };
+    let indexer = attention.indexer();
     let pairs = seen(indexer.map_or(usize::MAX, |indexer| indexer.count));
     let widths = attention.query_heads * (attention.head_width + attention.value_width);
     let choice = indexer.map_or(0, |indexer| 2 * seen(usize::MAX) * indexer.heads * indexer.width);
@@ -109,7 +106,7 @@ mod tests {
         let chosen = spec("fixtures/deepseek-v32/config.json");
         let mut all = chosen.clone();
         for layer in &mut all.layers {
-            if let super::Projection::Latent(latent) = &mut layer.attention.projection {
+            if let super::super::spec::Projection::Latent(latent) = &mut layer.attention.projection {
                 latent.indexer =
                     latent.indexer.map(|indexer| super::super::spec::IndexerSpec { count: 1000, ..indexer });
             }

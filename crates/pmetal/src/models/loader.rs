@@ -322,6 +322,13 @@ pub(super) struct Need {
     pub(super) shape: Vec<usize>,
 }
 
+impl Need {
+    /// Number of its elements.
+    pub(super) fn elements(&self) -> u128 {
+        self.shape.iter().map(|&size| size as u128).product()
+    }
+}
+
 /// Collects what is asked for and gives nothing.
 #[derive(Default)]
 struct Listing {

@@ -4,6 +4,7 @@ use pmetal_engine::device::MaskKind;
 use pmetal_engine::device::{GateActivation, NormWeight};
 use pmetal_engine::ops::{PairedGate, Router, Weighting};
 
+use super::loader::Need;
 use super::rope::Rope;
 
 /// A decoder-only language model: everything that its forward pass and its checkpoint depend on.
@@ -122,6 +123,16 @@ pub struct AttentionSpec {
     pub rope: Option<usize>,
     /// Index into [`Spec::ropes`] of a factor on queries by position.
     pub temperature: Option<usize>,
+}
+
+impl AttentionSpec {
+    /// What chooses keys, where something does.
+    pub(super) fn indexer(&self) -> Option<IndexerSpec> {
+        match self.projection {
+            Projection::Latent(latent) => latent.indexer,
+            Projection::Apart | Projection::Fused => None,
+        }
+    }
 }
 
 /// Linear attention by the gated delta rule (Yang, Kautz and Hatamizadeh, arXiv 2412.06464).
@@ -345,15 +356,11 @@ impl Spec {
 
     /// How many keys layers choose, of those that do.
     pub(super) fn chosen_keys(&self) -> impl Iterator<Item = usize> {
-        self.layers.iter().filter_map(|layer| match layer.attention.projection {
-            Projection::Latent(latent) => latent.indexer.map(|indexer| indexer.count),
-            Projection::Apart | Projection::Fused => None,
-        })
+        self.layers.iter().filter_map(|layer| layer.attention.indexer()).map(|indexer| indexer.count)
     }
 
     /// Parameters of the model, tied weights counted once.
     pub fn parameter_count(&self) -> u128 {
-        let elements = |shape: &[usize]| shape.iter().map(|&size| size as u128).product::<u128>();
-        super::loader::needs(self).iter().map(|need| elements(&need.shape)).sum()
+        super::loader::needs(self).iter().map(Need::elements).sum()
     }
 }

@@ -1,5 +1,6 @@
 //! Fixtures copied to a temporary folder, so that a test can change them.
 #![allow(dead_code)] // each test program uses its own part
+#![allow(clippy::disallowed_methods)] // tests prepare files as they like
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -23,6 +24,16 @@ pub(crate) type Tensors = BTreeMap<String, Stored>;
 
 pub(crate) fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures").join(name)
+}
+
+/// The names of all fixtures, in order.
+pub(crate) fn fixture_names() -> Vec<String> {
+    let entries = std::fs::read_dir(fixture("")).unwrap().map(|entry| entry.unwrap());
+    let folders = entries.filter(|entry| entry.path().is_dir());
+    let mut names: Vec<String> = folders.map(|entry| entry.file_name().into_string().unwrap()).collect();
+    names.sort();
+    assert!(names.len() >= 60, "only {} fixtures are there", names.len());
+    names
 }
 
 /// A copy of a fixture with its adapter, if it has one.
