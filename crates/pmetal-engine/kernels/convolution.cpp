@@ -58,23 +58,26 @@ KERNEL(short_convolution_back)(GIVEN_POSITION
     }
     UNROLL for (int tap = 1; tap < TAPS; ++tap)
         window[tap] = input_at(x, x, begin + tap - TAPS, channel, channels, pitch, 0);
+    // A token's numbers are asked for while those of the one before it are used.
+    float next_x = widen(x[(ulong64)begin * pitch + channel]), next_d = widen(d_out[(ulong64)begin * d_pitch + channel]);
     for (int token = begin; token < end + TAPS - 1; ++token) {
         UNROLL for (int tap = 1; tap < TAPS; ++tap) window[tap - 1] = window[tap];
-        int mark = token < (int)tokens ? marks[token] : -1;
+        int mark = token < (int)tokens ? marks[token] : -1, next = token + 1 < (int)tokens ? token + 1 : begin;
+        float own = next_x, own_d = next_d;
+        next_x = widen(x[(ulong64)next * pitch + channel]);
+        next_d = widen(d_out[(ulong64)next * d_pitch + channel]);
+        window[TAPS - 1] = own;
         if (mark >= 0) {
-            window[TAPS - 1] = widen(x[(ulong64)token * pitch + channel]);
             float sum = 0.0f;
             UNROLL for (int tap = 0; tap < TAPS; ++tap)
                 if (is_read(token + tap + 1 - TAPS, (uint)mark, 0)) sum += factors[tap] * window[tap];
             float share = logistic(sum);
-            float slope = widen(d_out[(ulong64)token * d_pitch + channel]) * share * (1.0f + sum * (1.0f - share));
+            float slope = own_d * share * (1.0f + sum * (1.0f - share));
             UNROLL for (int tap = 0; tap < TAPS; ++tap) {
                 if (!is_read(token + tap + 1 - TAPS, (uint)mark, 0)) continue;
                 waiting[TAPS - 1 - tap] += factors[tap] * slope;
                 if (token < end) d_factors[tap] += window[tap] * slope;
             }
-        } else if (token < (int)tokens) {
-            window[TAPS - 1] = widen(x[(ulong64)token * pitch + channel]);
         }
         int done = token + 1 - TAPS;
         if (done >= begin) narrow(waiting[TAPS - 1], d_x + (ulong64)done * x_pitch + channel);

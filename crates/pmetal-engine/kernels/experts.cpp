@@ -3,7 +3,7 @@
 // k plus choice. Matrices are of ELEMENT, each with a pitch; logits of SOURCE. Sums are in f32, in the order of choices.
 // ALIGNED: columns, pitches and addresses are multiples of 8 elements and 16 bytes.
 //
-// spread_tokens        grid (P, ceil(D / 2048)), group 256: out[row] = scale * weight * x[token]
+// spread_tokens        grid (ceil(P / 4), ceil(D / 2048)), group 256: out[row] = scale * weight * x[token]
 // collect_tokens       grid (T, ceil(D / 2048)), group 256: out[token] = held + scale * sum of weight * y[row]
 // pair_products        grid P, group 128: out f32 [T, k] = scale * tokens[token] . rows[row]
 // gate_rows            grid (T, ceil(D / 2048)), group 256: out = held + scale * sigmoid(logit) * y
@@ -18,25 +18,37 @@
 #define PAIR 0
 #endif
 
+// Rows that a group spreads.
+#define SPREAD_ROWS 4
+
 DEVICE float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
 
 KERNEL(spread_tokens)(GIVEN_POSITION
     const GLOBAL ELEMENT* x, const GLOBAL uint* order, const GLOBAL float* weights, GLOBAL ELEMENT* out,
-    SCALAR(uint, columns), SCALAR(uint, pitch), SCALAR(uint, out_pitch), SCALAR(uint, choices), SCALAR(float, scale),
-    SCALAR(uint, weighted)) {
-    uint pair = order[GROUP_X];
-    float factor = weighted ? scale * weights[pair] : scale;
-    x += (ulong64)(pair / choices) * pitch;
-    out += (ulong64)GROUP_X * out_pitch;
-    uint start = (GROUP_Y * THREADS + THREAD) * 8;
+    SCALAR(uint, rows), SCALAR(uint, columns), SCALAR(uint, pitch), SCALAR(uint, out_pitch), SCALAR(uint, choices),
+    SCALAR(float, scale), SCALAR(uint, weighted)) {
+    uint start = (GROUP_Y * THREADS + THREAD) * 8, first = GROUP_X * SPREAD_ROWS;
+    uint count = rows - first < SPREAD_ROWS ? rows - first : SPREAD_ROWS;
+    if (start >= columns) return;
 #if ALIGNED
-    if (start < columns) {
-        Eight a = load_eight(x + start);
-        for (int j = 0; j < 8; ++j) a.v[j] *= factor;
-        store_eight(a, out + start);
+    // All are asked for before the first is needed.
+    Eight values[SPREAD_ROWS];
+    UNROLL for (uint n = 0; n < SPREAD_ROWS; ++n) {
+        uint pair = order[first + (n < count ? n : 0)];
+        float factor = weighted ? scale * weights[pair] : scale;
+        values[n] = load_eight(x + (ulong64)(pair / choices) * pitch + start);
+        for (int j = 0; j < 8; ++j) values[n].v[j] *= factor;
+    }
+    UNROLL for (uint n = 0; n < SPREAD_ROWS; ++n) {
+        if (n < count) store_eight(values[n], out + (ulong64)(first + n) * out_pitch + start);
     }
 #else
-    for (uint i = start; i < start + 8 && i < columns; ++i) narrow(widen(x[i]) * factor, out + i);
+    for (uint n = 0; n < count; ++n) {
+        uint pair = order[first + n];
+        float factor = weighted ? scale * weights[pair] : scale;
+        for (uint i = start; i < start + 8 && i < columns; ++i)
+            narrow(widen(x[(ulong64)(pair / choices) * pitch + i]) * factor, out + (ulong64)(first + n) * out_pitch + i);
+    }
 #endif
 }
 

@@ -174,9 +174,9 @@ impl ExpertKernels for Gpu {
         let (columns, out_pitch) = (x.columns(), out.pitch());
         Self::rows_of_experts("spread_tokens", columns, &[x, out], DType::F32)
             .arguments(&[x.into(), (&plan.order).into(), weights.into(), out.into()])
-            .sizes(&[columns, x.pitch(), out_pitch, plan.choices()])
+            .sizes(&[plan.rows(), columns, x.pitch(), out_pitch, plan.choices()])
             .arguments(&[Argument::F32(scale), flag(weights.is_some())])
-            .launch(self.runtime.as_ref(), [plan.rows(), columns.div_ceil(2048), 1], 256);
+            .launch(self.runtime.as_ref(), [plan.rows().div_ceil(4), columns.div_ceil(2048), 1], 256);
     }
 
     fn collect_tokens(
