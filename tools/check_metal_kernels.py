@@ -33,6 +33,8 @@ typedef unsigned char uchar;
 typedef unsigned long ulong;
 #define half _Float16
 typedef float float4 __attribute__((ext_vector_type(4)));
+typedef float float2 __attribute__((ext_vector_type(2)));
+typedef float packed_float4 __attribute__((ext_vector_type(4), aligned(4)));
 typedef uint uint2 __attribute__((ext_vector_type(2)));
 typedef uint uint3 __attribute__((ext_vector_type(3)));
 typedef uint uint4 __attribute__((ext_vector_type(4)));
@@ -67,7 +69,9 @@ float sqrt(float);
 float tanh(float);
 }
 }
+#define float2(...) ((float2){__VA_ARGS__})
 #define float4(...) ((float4){__VA_ARGS__})
+#define packed_float4(...) ((packed_float4){__VA_ARGS__})
 #define uint2(...) ((uint2){__VA_ARGS__})
 #define uint4(...) ((uint4){__VA_ARGS__})
 #define INFINITY __builtin_inff()
@@ -98,6 +102,7 @@ MACROS = {
     "PAIRS_HALVES": (0, 1),
     "STATE_ROWS": (5, 128, 256),
     "TAPS": (1, 4),
+    "PAIRED": (0, 1),
     "VECTORS": (1, 4),
     "ROWS": (1, 4),
     "FEATURES": (1, 2),

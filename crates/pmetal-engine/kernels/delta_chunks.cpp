@@ -35,8 +35,13 @@
 #undef KERNEL_BOUNDS
 #define KERNEL_BOUNDS AT_ONCE(GROUP, 4)
 #endif
-// Columns of operands in shared memory at a time, and pitches there that SIMD groups read without conflicts.
+// Columns of operands in shared memory at a time, and pitches there that SIMD groups read without conflicts. Who waits for memory
+// asks for more of it at a time; 32 KiB of shared memory are enough for 16.
+#if defined(NATIVE_ROUNDED_PRODUCT) && ROUNDED == 1 && ALIGNED
+#define STEP 32
+#else
 #define STEP 16
+#endif
 #define TALL (STEP + 4)
 #define WIDE (CHUNK + 8)
 #define FULL (CHUNK + 4)
@@ -144,7 +149,14 @@ template <uint N, uint PITCH, uint SIZE>
 DEVICE void put(POSITION Slab<SIZE> slab, SHARED_POINTER(float) tile) {
     UNROLL for (uint n = 0; n < SIZE; n += RUN) {
         uint i = n * GROUP + THREAD * RUN;
-        UNROLL for (uint j = 0; j < RUN; ++j) tile[i / N * PITCH + i % N + j] = slab.v[n + j];
+        SHARED_POINTER(float) to = tile + i / N * PITCH + i % N;
+#if ALIGNED
+        Eight eight;
+        UNROLL for (uint j = 0; j < 8; ++j) eight.v[j] = slab.v[n + j];
+        share_eight(eight, to);
+#else
+        *to = slab.v[n];
+#endif
     }
 }
 
@@ -395,16 +407,26 @@ KERNEL(delta_outputs)(GIVEN_POSITION
     }
 }
 
-// Writes sums to rows of an array [T, heads, width], or adds them.
+// What rows of an array [T, heads, width] hold where sums are written.
+DEVICE Sums held_sums(POSITION const GLOBAL float* from, uint start, uint count, uint heads, uint width, uint first) {
+    Sums sums;
+    UNROLL for (uint i = 0; i < 4; ++i) {
+        UNROLL for (uint j = 0; j < 8; ++j) {
+            uint row = TILE_ROW(i), column = first + TILE_COLUMN(j);
+            bool is_there = row < count && column < width;
+            sums.v[i * 8 + j] = is_there ? from[((ulong64)(start + row) * heads + GROUP_Y) * width + column] : 0.0f;
+        }
+    }
+    return sums;
+}
+
 DEVICE void store_sums(
-    POSITION LOCAL const Sums& sums, GLOBAL float* out, uint start, uint count, uint heads, uint width, uint first,
-    bool adds) {
+    POSITION LOCAL const Sums& sums, GLOBAL float* out, uint start, uint count, uint heads, uint width, uint first) {
     UNROLL for (uint i = 0; i < 4; ++i) {
         UNROLL for (uint j = 0; j < 8; ++j) {
             uint row = TILE_ROW(i), column = first + TILE_COLUMN(j);
             if (row >= count || column >= width) continue;
-            GLOBAL float* place = out + ((ulong64)(start + row) * heads + GROUP_Y) * width + column;
-            *place = adds ? *place + sums.v[i * 8 + j] : sums.v[i * 8 + j];
+            out[((ulong64)(start + row) * heads + GROUP_Y) * width + column] = sums.v[i * 8 + j];
         }
     }
 }
@@ -430,7 +452,7 @@ KERNEL(delta_outputs_back)(GIVEN_POSITION
         for (uint first = 0; first < width; first += CHUNK) {
             sums = no_sums();
             add_coupled<true>(HERE matrix, slopes, first, tiles, sums);
-            store_sums(HERE sums, recalled, start, count, heads, width, first, false);
+            store_sums(HERE sums, recalled, start, count, heads, width, first);
         }
     }
 }
@@ -456,15 +478,15 @@ DEVICE void couple_rows(
             }
         }
         add_coupled<false>(HERE matrix, keys, first, tiles, sums);
-        store_sums(HERE sums, out, start, count, heads, KEY_WIDTH, first, false);
-        sums = no_sums();
+        store_sums(HERE sums, out, start, count, heads, KEY_WIDTH, first);
+        sums = IS_LOSS ? held_sums(HERE future, start, count, heads, KEY_WIDTH, first) : no_sums();
         if (!IS_LOSS && has_behind) {
             add_product<false>(HERE learned, behind, first, width, tiles, sums);
             scale_rows(HERE controls + UNTIL, sums);
             scale_rows(HERE controls + RATES, sums);
         }
         add_coupled<true>(HERE matrix, other, first, tiles, sums);
-        store_sums(HERE sums, future, start, count, heads, KEY_WIDTH, first, IS_LOSS);
+        store_sums(HERE sums, future, start, count, heads, KEY_WIDTH, first);
     }
 }
 

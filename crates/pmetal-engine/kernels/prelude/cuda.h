@@ -118,6 +118,21 @@ template <typename T> DEVICE Packed<T> packed(Eight x) {
 template <> DEVICE Packed<f32> packed<f32>(Eight x) {
     return {make_float4(x.v[0], x.v[1], x.v[2], x.v[3]), make_float4(x.v[4], x.v[5], x.v[6], x.v[7])};
 }
+// Two elements at an address that their size divides.
+struct Two { float v[2]; };
+DEVICE Two load_two(const f32* p) {
+    float2 two = *(const float2*)p;
+    return {{two.x, two.y}};
+}
+template <typename T> DEVICE Two load_two(const T* p) {
+    uint raw = *(const uint*)p;
+    T low, high;
+    low.bits = (ushort)(raw & 0xffff);
+    high.bits = (ushort)(raw >> 16);
+    return {{widen(low), widen(high)}};
+}
+DEVICE void store_two(Two x, f32* p) { *(float2*)p = make_float2(x.v[0], x.v[1]); }
+template <typename T> DEVICE void store_two(Two x, T* p) { *(uint*)p = two_narrow<T>(x.v[0], x.v[1]); }
 // Sixteen bytes at an address that 16 divides.
 struct Sixteen { uint words[4]; };
 DEVICE Sixteen load_sixteen(const uchar* p) {
@@ -141,6 +156,8 @@ template <typename T> DEVICE void store_eight_narrow(Eight x, T* p) {
     }
     *(uint4*)p = make_uint4(words[0], words[1], words[2], words[3]);
 }
+// To shared memory.
+DEVICE void share_eight(Eight x, float* p) { store_eight(x, p); }
 DEVICE void store_eight(Eight x, bf16* p) { store_eight_narrow(x, p); }
 DEVICE void store_eight(Eight x, f16* p) { store_eight_narrow(x, p); }
 

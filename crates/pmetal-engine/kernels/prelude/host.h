@@ -126,6 +126,19 @@ template <typename T> DEVICE Packed<T> packed(Eight x) {
     for (int i = 0; i < 8; ++i) narrow(x.v[i], out.v + i);
     return out;
 }
+// Two elements at an address that their size divides.
+struct Two { float v[2]; };
+template <typename T> DEVICE void check_pair(const T* p) {
+    if ((uintptr_t)p % (2 * sizeof(T)) != 0) host_fault("two elements are not at an address that their size divides");
+}
+template <typename T> DEVICE Two load_two(const T* p) {
+    check_pair(p);
+    return {{widen(p[0]), widen(p[1])}};
+}
+template <typename T> DEVICE void store_two(Two x, T* p) {
+    check_pair(p);
+    for (int i = 0; i < 2; ++i) narrow(x.v[i], p + i);
+}
 // Sixteen bytes at an address that 16 divides.
 struct Sixteen { uint words[4]; };
 DEVICE Sixteen load_sixteen(const uchar* p) {
@@ -141,6 +154,11 @@ DEVICE void store_sixteen(Sixteen x, uchar* p) {
 template <typename T> DEVICE void store_eight(Eight x, T* p) {
     check_alignment(p);
     for (int i = 0; i < 8; ++i) narrow(x.v[i], p + i);
+}
+
+// To shared memory.
+DEVICE void share_eight(Eight x, SHARED_POINTER(float) p) {
+    for (int i = 0; i < 8; ++i) p[i] = x.v[i];
 }
 
 DEVICE float simd_shuffle_xor(float x, uint mask) { return host_shuffle_xor(x, mask); }

@@ -93,6 +93,11 @@ DEVICE void store_eight(Eight x, GLOBAL f32* p) {
     *(GLOBAL float4*)p = float4(x.v[0], x.v[1], x.v[2], x.v[3]);
     *(GLOBAL float4*)(p + 4) = float4(x.v[4], x.v[5], x.v[6], x.v[7]);
 }
+// To shared memory.
+DEVICE void share_eight(Eight x, SHARED_POINTER(float) p) {
+    *(threadgroup packed_float4*)p = packed_float4(x.v[0], x.v[1], x.v[2], x.v[3]);
+    *(threadgroup packed_float4*)(p + 4) = packed_float4(x.v[4], x.v[5], x.v[6], x.v[7]);
+}
 template <typename T> DEVICE uint two_bits_of(float low, float high, T type) {
     return (uint)bits_of(low, type) | (uint)bits_of(high, type) << 16;
 }
@@ -111,6 +116,23 @@ template <typename T> DEVICE Packed<T> packed(Eight x) {
 template <> DEVICE Packed<f32> packed<f32>(Eight x) {
     return {float4(x.v[0], x.v[1], x.v[2], x.v[3]), float4(x.v[4], x.v[5], x.v[6], x.v[7])};
 }
+// Two elements at an address that their size divides.
+struct Two { float v[2]; };
+DEVICE Two load_two(const GLOBAL f32* p) {
+    float2 two = *(const GLOBAL float2*)p;
+    return {{two.x, two.y}};
+}
+template <typename T> DEVICE Two widen_two(uint raw) {
+    T low, high;
+    low.bits = (ushort)(raw & 0xffffu);
+    high.bits = (ushort)(raw >> 16);
+    return {{widen(low), widen(high)}};
+}
+DEVICE Two load_two(const GLOBAL bf16* p) { return widen_two<bf16>(*(const GLOBAL uint*)p); }
+DEVICE Two load_two(const GLOBAL f16* p) { return widen_two<f16>(*(const GLOBAL uint*)p); }
+DEVICE void store_two(Two x, GLOBAL f32* p) { *(GLOBAL float2*)p = float2(x.v[0], x.v[1]); }
+DEVICE void store_two(Two x, GLOBAL bf16* p) { *(GLOBAL uint*)p = two_bits_of(x.v[0], x.v[1], bf16()); }
+DEVICE void store_two(Two x, GLOBAL f16* p) { *(GLOBAL uint*)p = two_bits_of(x.v[0], x.v[1], f16()); }
 // Sixteen bytes at an address that 16 divides.
 struct Sixteen { uint words[4]; };
 DEVICE Sixteen load_sixteen(const GLOBAL uchar* p) {

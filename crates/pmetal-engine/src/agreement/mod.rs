@@ -133,7 +133,9 @@ fn groups() -> [Group; 20] {
         ("losses", |inputs| {
             let parameters =
                 CrossEntropyParameters { logit_scale: 6.0, softcap: Some(3.0), gradient_scale: 2.0 };
-            steps::cross_entropy(inputs, inputs.width(513, 512), &parameters)
+            let mut results = steps::cross_entropy(inputs, inputs.width(513, 512), &parameters)?;
+            results.extend(steps::cross_entropy(inputs, inputs.width(40_001, 40_008), &parameters)?);
+            Ok(results)
         }),
         ("optimizer", |inputs| {
             let constants = crate::device::AdamWParameters { max_norm: 0.5, ..steps::CONSTANTS };

@@ -2,7 +2,7 @@
 
 use super::Inputs;
 use crate::device::{
-    DropoutMask, GateActivation, HeadRows, Held, LayerNorm, NormWeight, RopePairing, RopeRows,
+    DropoutMask, GateActivation, HeadCopy, HeadRows, Held, LayerNorm, NormWeight, RopePairing, RopeRows,
 };
 use crate::error::Result;
 use crate::memory::Category;
@@ -130,13 +130,17 @@ pub(super) fn moved(inputs: &Inputs<'_>, width: usize) -> Result<Vec<Tensor>> {
 /// Columns of heads copied, from one head to all, and summed over heads.
 pub(super) fn heads(inputs: &Inputs<'_>, width: usize) -> Result<Vec<Tensor>> {
     let kernels = inputs.device.kernels();
+    let copy = |source: &Tensor, target: &mut Tensor, firsts| {
+        let columns = HeadCopy::between(source, target, firsts, width);
+        kernels.copy_heads(source, target, &columns);
+    };
     let (x, one) = (inputs.tensor(1, &[4, 3, width + 8])?, inputs.tensor(2, &[4, 1, width])?);
     let (mut copied, mut odd) =
         (inputs.tensor(3, &[4, 3, width + 16])?, inputs.tensor(4, &[4, 3, width + 8])?);
-    kernels.copy_heads(&x, &mut copied, [8, 16], width);
-    kernels.copy_heads(&x, &mut odd, [3, 0], width);
+    copy(&x, &mut copied, [8, 16]);
+    copy(&x, &mut odd, [3, 0]);
     let mut repeated = inputs.tensor(5, &[4, 3, width + 8])?;
-    kernels.copy_heads(&one, &mut repeated, [0, 8], width);
+    copy(&one, &mut repeated, [0, 8]);
     let mut sum = inputs.empty(&[4, 1, width])?;
     kernels.sum_heads(&x, 8, &mut sum);
     // Two heads with four rows each, of which two are meant.

@@ -5,6 +5,7 @@ mod delta;
 pub(crate) mod experts;
 mod fp8;
 pub(crate) mod gpu;
+mod heads;
 mod mask;
 mod training;
 
@@ -28,6 +29,7 @@ pub use experts::{
 pub use fp8::{Fp8Kernels, ScaledRows};
 pub(crate) use fp8::{GradientCodes, e4m3_value};
 pub use gpu::cuda::{CudaDevice, CudaLibrary, cuda_devices, cuda_libraries};
+pub use heads::{HeadCopy, HeadRows};
 pub use mask::{AttentionMask, KeyChoice, MaskKind};
 pub use training::{AdamWControl, AdamWEntry, AdamWParameters, CrossEntropyParameters, Sum};
 
@@ -298,19 +300,6 @@ impl Finish<'_> {
     pub fn scaled(scale: f32) -> Self {
         Self { scale, ..Self::STORE }
     }
-}
-
-/// For each head N of its S rows of a matrix \[H * S, K\].
-#[derive(Clone, Copy)]
-pub struct HeadRows<'a> {
-    /// The matrix.
-    pub matrix: &'a Tensor,
-    /// S.
-    pub rows: usize,
-    /// The first of the head's rows that is meant, and N.
-    pub part: [usize; 2],
-    /// Whether heads are multiplied with columns of these rows: \[N\] becomes \[K\].
-    pub by_columns: bool,
 }
 
 /// One gradient of a weight: `out [M, N] += scale * left^T right` with left \[T, M\] and right \[T, N\].
@@ -692,9 +681,8 @@ pub trait Kernels: Send + Sync {
     /// Writes row i of `x` to row `indices[i]` of `out`; other rows stay.
     fn scatter_rows(&self, x: &Tensor, indices: &Tensor, out: &mut Tensor);
 
-    /// Copies `width` columns of every head of `source` \[T, H or 1, E\], from `firsts[0]`, to those of `target` \[T, H, F\],
-    /// from `firsts[1]`; one head is repeated, other columns stay.
-    fn copy_heads(&self, source: &Tensor, target: &mut Tensor, firsts: [usize; 2], width: usize);
+    /// Copies columns of heads of `source`, whose rows are tokens, to those of `target`; other columns stay.
+    fn copy_heads(&self, source: &Tensor, target: &mut Tensor, copy: &HeadCopy);
 
     /// `target` \[T, 1, width\] = the sum over heads, in their order and in f32, of columns `first ..` of `source` \[T, H, E\].
     fn sum_heads(&self, source: &Tensor, first: usize, target: &mut Tensor);

@@ -1,6 +1,6 @@
 //! Columns of a matrix as values of their own.
 
-use crate::device::GradientCodes;
+use crate::device::{GradientCodes, HeadCopy};
 use crate::error::{Result, expect_shape};
 use crate::memory::Category;
 use crate::tape::Gradients;
@@ -42,7 +42,8 @@ fn copies(whole: &Tensor, widths: &[usize]) -> Result<Vec<Tensor>> {
     let copy = |&width: &usize| {
         let shape = [tokens, 1, width];
         let mut part = Tensor::scratch(whole.device(), Category::Activations, whole.dtype(), &shape)?;
-        whole.device().kernels().copy_heads(&heads, &mut part, [first, 0], width);
+        let columns = HeadCopy::between(&heads, &part, [first, 0], width);
+        whole.device().kernels().copy_heads(&heads, &mut part, &columns);
         first += width;
         part.reshape(&[tokens, width])
     };
@@ -86,7 +87,8 @@ impl Node {
         for part in parts {
             let width = part.columns();
             let part = part.contiguous()?.reshape(&[self.tokens, 1, width])?;
-            self.device.kernels().copy_heads(&part, &mut whole, [0, first], width);
+            let columns = HeadCopy::between(&part, &whole, [0, first], width);
+            self.device.kernels().copy_heads(&part, &mut whole, &columns);
             first += width;
         }
         whole.reshape(&[self.tokens, columns])

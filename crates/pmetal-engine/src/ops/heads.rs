@@ -1,5 +1,6 @@
 //! Heads divided into parts and put together from parts.
 
+use crate::device::HeadCopy;
 use crate::error::{Error, Result, expect_dtype, expect_shape};
 use crate::memory::Category;
 use crate::{Tape, Tensor, Var};
@@ -11,22 +12,45 @@ use crate::{Tape, Tensor, Var};
 /// # Errors
 /// [`Error::Shape`] when x is not of that shape; out of memory.
 pub fn split_heads(tape: &Tape, x: &Var, widths: &[usize]) -> Result<Vec<Var>> {
+    let [tokens, heads] = tokens_and_heads(x.tensor());
+    let alone: Vec<&[usize]> = widths.chunks(1).collect();
+    let parts = ungroup_heads(tape, x, &alone)?;
+    parts.into_iter().zip(widths).map(|(part, &width)| part.reshape(&[tokens, heads, width])).collect()
+}
+
+/// Every head of x \[T, H, sum of all widths\] divided into parts, and those of one array \[T, H * sum of its widths\] put side by
+/// side: the first part of all heads, then the second of all. Copied.
+///
+/// Arrays that nobody used count as zero in the gradient of x. Bytes: x twice, forward and backward.
+///
+/// # Errors
+/// [`Error::Shape`] when x is not of that shape; out of memory.
+pub fn ungroup_heads(tape: &Tape, x: &Var, arrays: &[&[usize]]) -> Result<Vec<Var>> {
     let input = x.tensor();
     let [tokens, heads] = tokens_and_heads(input);
-    let shape = [tokens, heads, total("split_heads", widths)?];
-    expect_shape("split_heads", "x", input.shape(), &shape)?;
+    let shape = [tokens, heads, total("ungroup_heads", &arrays.concat())?];
+    expect_shape("ungroup_heads", "x", input.shape(), &shape)?;
     let (device, dtype) = (input.device().clone(), input.dtype());
+    let mut copies = Vec::with_capacity(arrays.len());
     let mut first = 0;
-    let part = |&width: &usize| {
-        let shape = [tokens, heads, width];
-        let mut part = Tensor::scratch(&device, Category::Activations, dtype, &shape)?;
-        device.kernels().copy_heads(input, &mut part, [first, 0], width);
-        first += width;
-        Ok(part)
+    for widths in arrays {
+        let mut column = 0;
+        let to_parts = widths.iter().map(|&width| {
+            let copy = HeadCopy { heads, width, from: [first, shape[2]], to: [column, width] };
+            first += width;
+            column += heads * width;
+            copy
+        });
+        let own: Vec<HeadCopy> = to_parts.collect();
+        copies.push((column, own));
+    }
+    let array = |(columns, copies): &(usize, Vec<HeadCopy>)| {
+        let mut array = Tensor::scratch(&device, Category::Activations, dtype, &[tokens, *columns])?;
+        copies.iter().for_each(|copy| device.kernels().copy_heads(input, &mut array, copy));
+        Ok(array)
     };
-    let parts = widths.iter().map(part).collect::<Result<Vec<_>>>()?;
+    let parts = copies.iter().map(array).collect::<Result<Vec<_>>>()?;
     let Some(input_slot) = x.slot() else { return Ok(parts.into_iter().map(Var::constant).collect()) };
-    let widths = widths.to_vec();
     Ok(tape.push_all(parts, true, |slots| {
         Box::new(move |gradients| {
             let arrived: Vec<Option<Tensor>> = slots.iter().map(|&slot| gradients.take(slot)).collect();
@@ -36,13 +60,13 @@ pub fn split_heads(tape: &Tape, x: &Var, widths: &[usize]) -> Result<Vec<Var>> {
             let is_whole = arrived.iter().all(Option::is_some);
             let create = if is_whole { Tensor::scratch } else { Tensor::zeros };
             let mut d_x = create(&device, Category::Activations, dtype, &shape)?;
-            let mut first = 0;
-            for (gradient, width) in arrived.into_iter().zip(widths) {
-                if let Some(gradient) = gradient {
-                    let gradient = gradient.reshape(&[tokens, heads, width])?;
-                    device.kernels().copy_heads(&gradient, &mut d_x, [0, first], width);
+            for (gradient, (columns, copies)) in arrived.into_iter().zip(copies) {
+                let Some(gradient) = gradient else { continue };
+                let gradient = gradient.reshape(&[tokens, columns])?;
+                for copy in copies {
+                    let back = HeadCopy { from: copy.to, to: copy.from, ..copy };
+                    device.kernels().copy_heads(&gradient, &mut d_x, &back);
                 }
-                first += width;
             }
             gradients.add(input_slot, d_x)
         })
@@ -77,7 +101,8 @@ pub fn join_heads(tape: &Tape, parts: &[&Var]) -> Result<Var> {
     let mut first = 0;
     for part in parts {
         let width = part.tensor().columns();
-        device.kernels().copy_heads(part.tensor(), &mut out, [0, first], width);
+        let copy = HeadCopy::between(part.tensor(), &out, [0, first], width);
+        device.kernels().copy_heads(part.tensor(), &mut out, &copy);
         first += width;
     }
     let receivers: Vec<_> =
@@ -93,7 +118,8 @@ pub fn join_heads(tape: &Tape, parts: &[&Var]) -> Result<Var> {
                     let shape = [tokens, own, width];
                     let mut gradient = Tensor::scratch(&device, Category::Activations, dtype, &shape)?;
                     if own == heads {
-                        device.kernels().copy_heads(&d_out, &mut gradient, [first, 0], width);
+                        let copy = HeadCopy::between(&d_out, &gradient, [first, 0], width);
+                        device.kernels().copy_heads(&d_out, &mut gradient, &copy);
                     } else {
                         device.kernels().sum_heads(&d_out, first, &mut gradient);
                     }

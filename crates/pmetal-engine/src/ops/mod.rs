@@ -36,7 +36,7 @@ pub use delta::{
 };
 pub use embedding::{check_ids, embedding, scatter_rows};
 pub use gated::{GatedOptions, gated, gated_with_spare};
-pub use heads::{join_heads, split_heads};
+pub use heads::{join_heads, split_heads, ungroup_heads};
 pub use layer_norm::layer_norm;
 pub use linear::{Dropout, Linear, LinearOptions, Lora, linear, project};
 pub use linear_group::{LinearGroup, linear_group};

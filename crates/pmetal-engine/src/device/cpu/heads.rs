@@ -4,22 +4,22 @@ use rayon::prelude::*;
 
 use super::gemm::{Epilogue, MatrixMut, MatrixRef, Product, gemm_on_this_thread};
 use super::simd::{Element, multiversion, with_element};
-use crate::device::HeadRows;
+use crate::device::{HeadCopy, HeadRows};
 use crate::tape::arithmetic_for;
 use crate::tensor::Tensor;
 
-pub(super) fn copy_heads(source: &Tensor, target: &mut Tensor, firsts: [usize; 2], width: usize) {
+pub(super) fn copy_heads(source: &Tensor, target: &mut Tensor, copy: &HeadCopy) {
     let (token, out_token) = (token_width(source), token_width(target));
-    let (stride, out_stride, repeats) = (source.columns(), target.columns(), source.shape()[1] == 1);
+    let HeadCopy { heads, width, from, to } = *copy;
     if width == 0 || source.elements() == 0 || target.elements() == 0 {
         return;
     }
     with_element!(source.dtype(), X => {
         let tokens = source.as_slice::<X>().par_chunks_exact(token).with_min_len(16);
         target.as_mut_slice::<X>().par_chunks_exact_mut(out_token).zip(tokens).for_each(|(out, token)| {
-            for (head, out) in out.chunks_exact_mut(out_stride).enumerate() {
-                let start = firsts[0] + if repeats { 0 } else { head * stride };
-                out[firsts[1]..][..width].copy_from_slice(&token[start..][..width]);
+            for head in 0..heads {
+                let part = &token[from[0] + head * from[1]..][..width];
+                out[to[0] + head * to[1]..][..width].copy_from_slice(part);
             }
         });
     });

@@ -16,8 +16,8 @@ pub(crate) mod simd;
 
 use crate::device::{
     AdamWControl, AdamWEntry, Arithmetic, AttentionMask, AttentionParameters, CrossEntropyParameters,
-    DropoutMask, ExpertKernels, Finish, GateActivation, HeadRows, Held, Kernels, LayerNorm, NormWeight,
-    Operand, RopeRows, Sum,
+    DropoutMask, ExpertKernels, Finish, GateActivation, HeadCopy, HeadRows, Held, Kernels, LayerNorm,
+    NormWeight, Operand, RopeRows, Sum,
 };
 use crate::error::{Error, Result};
 use crate::random::RandomKey;
@@ -281,8 +281,8 @@ impl Kernels for Cpu {
         elementwise::scatter_rows(x, indices, out);
     }
 
-    fn copy_heads(&self, source: &Tensor, target: &mut Tensor, firsts: [usize; 2], width: usize) {
-        heads::copy_heads(source, target, firsts, width);
+    fn copy_heads(&self, source: &Tensor, target: &mut Tensor, copy: &HeadCopy) {
+        heads::copy_heads(source, target, copy);
     }
 
     fn sum_heads(&self, source: &Tensor, first: usize, target: &mut Tensor) {

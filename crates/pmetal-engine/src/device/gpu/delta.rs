@@ -20,9 +20,10 @@ const COLUMNS: usize = 32;
 const CHUNK: usize = 64;
 const FEW_TOKENS: usize = 16;
 
-/// Tokens of a channel that a thread convolves, and backward where the weight's gradient is summed over them.
-const SPAN: usize = 16;
-const SUMMED_SPAN: usize = 64;
+/// Tokens of a channel that a thread convolves, and backward where the weight's gradient is summed over them; with the three behind
+/// them, which a gradient reads of four taps, a multiple of those that are asked for at one time.
+const SPAN: usize = 29;
+const SUMMED_SPAN: usize = 61;
 
 /// What all passes read: normalised keys and queries, decays and rates.
 struct Prepared {
@@ -163,6 +164,23 @@ impl Gpu {
     }
 }
 
+/// A kernel over channels of rows of one type, and its groups along them.
+fn convolution(
+    kernel: &'static str,
+    taps: usize,
+    channels: usize,
+    rows: &[Option<&Tensor>],
+) -> (Kernel, usize) {
+    let mut rows = rows.iter().flatten();
+    let dtype = rows.clone().next().map_or(DType::F32, |first| first.dtype());
+    let in_pairs =
+        |x: &&Tensor| x.pitch().is_multiple_of(2) && x.address().is_multiple_of(2 * dtype.bytes() as u64);
+    let paired = channels.is_multiple_of(2) && rows.all(in_pairs);
+    let kernel =
+        Kernel::new("convolution", kernel).element(dtype).number("TAPS", taps).define("PAIRED", paired);
+    (kernel, channels.div_ceil(if paired { 256 } else { 128 }))
+}
+
 impl DeltaKernels for Gpu {
     fn short_convolution(
         &self,
@@ -173,12 +191,12 @@ impl DeltaKernels for Gpu {
         out: &mut Tensor,
     ) {
         let (tokens, channels) = (x.rows(), x.columns());
-        Kernel::new("convolution", "short_convolution")
-            .element(x.dtype())
-            .number("TAPS", weight.columns())
+        let (kernel, across) =
+            convolution("short_convolution", weight.columns(), channels, &[Some(x), state, Some(&*out)]);
+        kernel
             .arguments(&[x.into(), weight.into(), documents.marks().into(), state.into(), (&mut *out).into()])
             .sizes(&[tokens, channels, x.pitch(), out.pitch(), SPAN, state.is_some().into()])
-            .launch(self.runtime.as_ref(), [channels.div_ceil(128), tokens.div_ceil(SPAN), 1], 128);
+            .launch(self.runtime.as_ref(), [across, tokens.div_ceil(SPAN), 1], 128);
     }
 
     fn move_convolution_state(&self, x: &Tensor, documents: &Documents, state: &mut Tensor) {
@@ -186,12 +204,12 @@ impl DeltaKernels for Gpu {
         if held == 0 {
             return;
         }
-        Kernel::new("convolution", "move_convolution_state")
-            .element(x.dtype())
-            .number("TAPS", held + 1)
+        let (kernel, across) =
+            convolution("move_convolution_state", held + 1, channels, &[Some(x), Some(&*state)]);
+        kernel
             .arguments(&[x.into(), documents.marks().into(), state.into()])
             .sizes(&[x.rows(), channels, x.pitch()])
-            .launch(self.runtime.as_ref(), [channels.div_ceil(128), 1, 1], 128);
+            .launch(self.runtime.as_ref(), [across, 1, 1], 128);
     }
 
     fn short_convolution_backward(
@@ -207,13 +225,13 @@ impl DeltaKernels for Gpu {
         let span = if d_weight.is_some() { SUMMED_SPAN } else { SPAN };
         let spans = tokens.div_ceil(span);
         let sums = d_weight.is_some().then(|| workspace(x, &[spans, channels * taps])).transpose()?;
-        Kernel::new("convolution", "short_convolution_back")
-            .element(x.dtype())
-            .number("TAPS", taps)
+        let (kernel, across) =
+            convolution("short_convolution_back", taps, channels, &[Some(x), Some(d_out), Some(&*d_x)]);
+        kernel
             .arguments(&[x.into(), weight.into(), documents.marks().into(), d_out.into()])
             .arguments(&[(&mut *d_x).into(), sums.as_ref().into()])
             .sizes(&[tokens, channels, x.pitch(), d_out.pitch(), d_x.pitch(), span, sums.is_some().into()])
-            .launch(self.runtime.as_ref(), [channels.div_ceil(128), spans, 1], 128);
+            .launch(self.runtime.as_ref(), [across, spans, 1], 128);
         if let (Some(sums), Some(d_weight)) = (sums, d_weight) {
             self.add_column_sums(&sums, spans, 1.0, d_weight);
         }

@@ -5,22 +5,16 @@ use super::launch::Kernel;
 use super::launch::is_aligned;
 use super::runtime::Argument;
 use crate::Tensor;
-use crate::device::HeadRows;
+use crate::device::{HeadCopy, HeadRows};
 use crate::error::Result;
 
 impl Gpu {
-    pub(super) fn copy_head_columns(
-        &self,
-        source: &Tensor,
-        target: &mut Tensor,
-        firsts: [usize; 2],
-        width: usize,
-    ) {
-        let ([tokens, heads, out_stride], [_, given, stride]) = (sizes(target), sizes(source));
-        let stride = if given == 1 { 0 } else { stride };
+    pub(super) fn copy_head_columns(&self, source: &Tensor, target: &mut Tensor, copy: &HeadCopy) {
+        let HeadCopy { heads, width, from, to } = *copy;
+        let tokens = target.shape()[0];
         let bytes = |first: usize| (first * source.dtype().bytes()) as u64;
-        let addresses = [source.address() + bytes(firsts[0]), target.address_mut() + bytes(firsts[1])];
-        let distances = [width, source.pitch(), stride, target.pitch(), out_stride];
+        let addresses = [source.address() + bytes(from[0]), target.address_mut() + bytes(to[0])];
+        let distances = [width, source.pitch(), from[1], target.pitch(), to[1]];
         let aligned = distances.iter().all(|distance| distance.is_multiple_of(8))
             && addresses.iter().all(|address| address.is_multiple_of(16));
         Kernel::new("heads", "copy_heads")

@@ -17,6 +17,7 @@ mod gemv;
 mod heads;
 mod launch;
 mod layer_norm;
+mod loss;
 mod optimizer;
 mod products;
 mod riding;
@@ -34,8 +35,9 @@ use runtime::{Argument, DeviceFacts};
 
 use super::{
     AdamWControl, AdamWEntry, Arithmetic, AttentionMask, AttentionParameters, CrossEntropyParameters,
-    DeltaKernels, DropoutMask, ExpertKernels, Finish, Fp8Kernels, GateActivation, HeadRows, Held, Kernels,
-    LayerNorm, NormWeight, Operand, Riding, RopePairing, RopeRows, RowKernel, Share, Sum, WeightGradient,
+    DeltaKernels, DropoutMask, ExpertKernels, Finish, Fp8Kernels, GateActivation, HeadCopy, HeadRows, Held,
+    Kernels, LayerNorm, NormWeight, Operand, Riding, RopePairing, RopeRows, RowKernel, Share, Sum,
+    WeightGradient,
 };
 use crate::error::Result;
 use crate::memory::Category;
@@ -528,8 +530,8 @@ impl Kernels for Gpu {
         self.choose_rows("scatter_rows", x, indices, out);
     }
 
-    fn copy_heads(&self, source: &Tensor, target: &mut Tensor, firsts: [usize; 2], width: usize) {
-        self.copy_head_columns(source, target, firsts, width);
+    fn copy_heads(&self, source: &Tensor, target: &mut Tensor, copy: &HeadCopy) {
+        self.copy_head_columns(source, target, copy);
     }
 
     fn sum_heads(&self, source: &Tensor, first: usize, target: &mut Tensor) {
@@ -548,23 +550,7 @@ impl Kernels for Gpu {
         sum: &mut Sum,
         gradient: DType,
     ) -> Result<Tensor> {
-        let (rows, columns) = (logits.rows(), logits.columns());
-        let losses = Tensor::scratch(logits.device(), Category::Workspace, DType::F32, &[rows])?;
-        Kernel::new("loss", "cross_entropy")
-            .element(gradient)
-            .aligned(columns.is_multiple_of(8))
-            .arguments(&[(&logits).into(), labels.into(), (&losses).into()])
-            .sizes(&[columns, logits.pitch()])
-            .arguments(&[
-                Argument::F32(parameters.logit_scale),
-                Argument::F32(parameters.softcap.unwrap_or(0.0)),
-                Argument::F32(parameters.gradient_scale),
-            ])
-            .launch(self.runtime.as_ref(), [rows, 1, 1], 1024);
-        if let Some(total) = &mut sum.device {
-            self.add_values("loss", "add_rows", &losses, total);
-        }
-        Ok(logits.narrowed_rows(gradient))
+        self.lose(logits, labels, parameters, sum, gradient)
     }
 
     fn experts(&self) -> &dyn ExpertKernels {

@@ -4,6 +4,7 @@ use crate::ops;
 on_every_device! {
     heads_divided_and_put_together_agree_with_the_reference,
     heads_among_other_columns_are_divided_too,
+    parts_of_all_heads_are_put_side_by_side,
 }
 
 /// Heads \[T, H, E\] of parts, each with its heads (1 = for all) and its first column and width within its own heads.
@@ -85,6 +86,43 @@ fn heads_among_other_columns_are_divided_too(device: &Device) {
         let mut gradients = tape.backward(&y, tensor(device, dtype, y.tensor().shape(), &d_y)).unwrap();
         let ours = [Some(wide(&gradients.take(slot).unwrap()))];
         assert_gradients("columns", &function, &inputs, &d_y, &ours, tolerance(dtype));
+    }
+}
+
+fn parts_of_all_heads_are_put_side_by_side(device: &Device) {
+    for (tokens, heads, widths) in [(1, 1, [1, 2, 3, 4]), (5, 3, [8, 16, 8, 24]), (9, 2, [3, 1, 7, 5])] {
+        for &dtype in types(device) {
+            let own: usize = widths.iter().sum();
+            let what = format!("{dtype} {tokens} x {heads} x {widths:?}");
+            let inputs = vec![numbers("x", tokens * heads * own, dtype)];
+            let [a, b, c, d] = widths;
+            // Columns of a token: those of a part for all heads, then the next.
+            let side_by_side = |inputs: &[Vec<f64>], token: usize, parts: &[[usize; 2]]| -> Vec<f64> {
+                let of_head = |head: usize| &inputs[0][(token * heads + head) * own..][..own];
+                let part = |&[first, width]: &[usize; 2]| {
+                    (0..heads)
+                        .flat_map(move |head| of_head(head)[first..][..width].to_vec())
+                        .collect::<Vec<_>>()
+                };
+                parts.iter().flat_map(part).collect()
+            };
+            let arrays = [vec![[0, a], [a, b], [a + b, c]], vec![[a + b + c, d]]];
+            for (index, parts) in arrays.iter().enumerate() {
+                let tape = Tape::recording();
+                let x = tape.leaf(tensor(device, dtype, &[tokens, heads, own], &inputs[0]));
+                let results = ops::ungroup_heads(&tape, &x, &[&[a, b, c], &[d]]).unwrap();
+                let function = |inputs: &[Vec<f64>]| -> Vec<f64> {
+                    (0..tokens).flat_map(|token| side_by_side(inputs, token, parts)).collect()
+                };
+                let y = &results[index];
+                assert_eq!(wide(y.tensor()), function(&inputs), "{what}");
+                let d_y = numbers("d_y", y.tensor().elements(), dtype);
+                let slopes = tensor(device, dtype, y.tensor().shape(), &d_y);
+                let mut gradients = tape.backward(y, slopes).unwrap();
+                let ours = [arrived(&mut gradients, &x)];
+                assert_gradients(&what, &function, &inputs, &d_y, &ours, tolerance(dtype));
+            }
+        }
     }
 }
 

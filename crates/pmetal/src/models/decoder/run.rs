@@ -248,22 +248,17 @@ impl Delta {
 
     /// What is side by side for all heads, from what is side by side for each key head.
     fn ungrouped(&self, tape: &Tape, grouped: [Var; 2], tokens: usize) -> Result<[Var; 4]> {
-        let (spec, [queries, keys, values]) = (&self.spec, self.spec.widths());
+        let spec = &self.spec;
         let shared_by = spec.value_heads / spec.key_heads;
-        let own =
-            [spec.key_width, spec.key_width, shared_by * spec.value_width, shared_by * spec.value_width];
-        let split = |x: Var, widths: &[usize]| -> Result<Vec<Var>> {
-            let x = x.reshape(&[tokens, spec.key_heads, widths.iter().sum()])?;
-            Ok(ops::split_heads(tape, &x, widths)?)
+        let (key, value) = (spec.key_width, shared_by * spec.value_width);
+        let split = |x: Var, arrays: [&[usize]; 2]| -> Result<[Var; 2]> {
+            let x = x.reshape(&[tokens, spec.key_heads, arrays.concat().iter().sum()])?;
+            Ok(projected(ops::ungroup_heads(tape, &x, &arrays)?))
         };
         let [both, steering] = grouped;
-        let [query, key, value, gate] = projected(split(both, &own)?);
-        let [beta, a] = projected(split(steering, &[shared_by; 2])?);
-        let flat = |x: Var, width: usize| x.reshape(&[tokens, 1, width]);
-        let parts = [flat(query, queries)?, flat(key, keys)?, flat(value, values)?];
-        let mixed = ops::join_heads(tape, &parts.each_ref())?.reshape(&[tokens, queries + keys + values])?;
-        let heads = [tokens, spec.value_heads];
-        Ok([mixed, gate.reshape(&[tokens, values])?, beta.reshape(&heads)?, a.reshape(&heads)?])
+        let [mixed, gate] = split(both, [&[key, key, value], &[value]])?;
+        let [beta, a] = split(steering, [&[shared_by], &[shared_by]])?;
+        Ok([mixed, gate, beta, a])
     }
 }
 
