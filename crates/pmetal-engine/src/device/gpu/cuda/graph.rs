@@ -31,24 +31,30 @@ impl Drop for PrivateMemory {
     }
 }
 
-/// Captured work. Every launch repeats it on the same addresses: memory from before the capture that it reads or
-/// writes must still be allocated, unless it was freed during the capture.
-pub(crate) struct Graph {
+/// Starts to record what is enqueued on a stream by this thread.
+pub(super) fn begin_recording(stream: &Stream) -> Result<()> {
+    // SAFETY: the stream is alive.
+    let status = unsafe { (stream.driver().cuStreamBeginCapture_v2)(stream.handle, CAPTURE_THREAD_LOCAL) };
+    stream.check("beginning a capture", status)?;
+    stream.set_capturing(true);
+    Ok(())
+}
+
+/// Captured work. Every launch repeats it on the same addresses.
+pub(super) struct Executable {
     stream: Arc<Stream>,
     executable: Handle,
     nodes: usize,
-    // Dropped after the executable.
-    _memory: PrivateMemory,
 }
 
-impl Graph {
-    pub(super) fn end(stream: &Arc<Stream>, memory: PrivateMemory) -> Result<Self> {
+impl Executable {
+    /// Ends what [`begin_recording`] began.
+    pub(super) fn end(stream: &Arc<Stream>) -> Result<Self> {
         let driver = stream.driver();
         let mut graph = Handle::NULL;
         // SAFETY: the stream is alive; the call writes one handle, null when the capture was spoilt.
         let status = unsafe { (driver.cuStreamEndCapture)(stream.handle, &raw mut graph) };
         stream.set_capturing(false);
-        memory.end();
         stream.check("ending a capture", status)?;
         if graph == Handle::NULL {
             return Err(failed("ending a capture", "nothing was recorded"));
@@ -62,26 +68,46 @@ impl Graph {
             status
         };
         stream.check("instantiating a graph", status)?;
-        let graph = Self { stream: stream.clone(), executable, nodes, _memory: memory };
+        let graph = Self { stream: stream.clone(), executable, nodes };
         // SAFETY: executable and stream are alive.
         stream.check("uploading a graph", unsafe { (driver.cuGraphUpload)(executable, stream.handle) })?;
         Ok(graph)
     }
 
-    /// Enqueues the recorded work.
-    pub(crate) fn launch(&self) {
+    pub(super) fn launch(&self) {
         // SAFETY: executable and stream are alive; the memory is kept by the owner of the addresses.
         let status = unsafe { (self.stream.driver().cuGraphLaunch)(self.executable, self.stream.handle) };
         self.stream.keep_status("launching a graph", status);
     }
+}
+
+/// Captured work with its memory: what it reads or writes from before the capture must still be allocated, unless it was freed
+/// during the capture.
+pub(crate) struct Graph {
+    work: Executable,
+    // Dropped after the work.
+    _memory: PrivateMemory,
+}
+
+impl Graph {
+    pub(super) fn end(stream: &Arc<Stream>, memory: PrivateMemory) -> Result<Self> {
+        let work = Executable::end(stream);
+        memory.end();
+        Ok(Self { work: work?, _memory: memory })
+    }
+
+    /// Enqueues the recorded work.
+    pub(crate) fn launch(&self) {
+        self.work.launch();
+    }
 
     /// How many operations a launch repeats.
     pub(crate) fn nodes(&self) -> usize {
-        self.nodes
+        self.work.nodes
     }
 }
 
-impl Drop for Graph {
+impl Drop for Executable {
     fn drop(&mut self) {
         let _ = self.stream.synchronize();
         // SAFETY: nothing else has the executable, and its work has finished.

@@ -36,7 +36,7 @@ use super::runtime::{
 use crate::DType;
 use crate::device::KernelTime;
 use crate::error::{Error, Result};
-use bindings::{CAPTURE_THREAD_LOCAL, CopyRows, EncodedMap, Handle, MEMORY_DEVICE, SUCCESS};
+use bindings::{CopyRows, EncodedMap, Handle, MEMORY_DEVICE, SUCCESS};
 use compile::Modules;
 use disk::DiskCache;
 use gemm::Products;
@@ -213,12 +213,7 @@ impl Cuda {
         let mut capture = lock(&self.capture);
         let memory =
             PrivateMemory::begin(&self.pool).ok_or_else(|| failed(call, "another one is recording"))?;
-        // SAFETY: the stream is alive.
-        let status = unsafe {
-            (self.stream.driver().cuStreamBeginCapture_v2)(self.stream.handle, CAPTURE_THREAD_LOCAL)
-        };
-        self.stream.check(call, status)?;
-        self.stream.set_capturing(true);
+        graph::begin_recording(&self.stream)?;
         *capture = Some(memory);
         Ok(())
     }
