@@ -2,7 +2,8 @@
 // products of a matrix [T, W] with one [T, S] of at most 64 columns. Compute capability 8.0 and above. Needs tiles.cuh in front.
 //
 // weight_gradients(first blocks of all products u32 [16], 16 x Product, count u32, T u32, partials f32*, counters u32*)
-//   grid (blocks, splits), blocks = sum over products of ceil(W / 128); block 128, dynamic shared memory 48 kB or more.
+//   grid (blocks, splits), blocks = sum over products of ceil(W / 128); block 128, dynamic shared memory STAGES * TOKEN_TILE * 384
+//   bytes, which are 48 KiB or more. AT_ONCE: blocks that a multiprocessor has registers for.
 // Pointers are aligned to 16 bytes, pitches are multiples of 8 elements. Element (w, s) of an output is at
 // w * wide_stride + s * thin_stride. With splits > 1, each split sums a part of the tokens, and the parts are added in their
 // order, so that results do not change from run to run: with CLUSTER=splits (-D, compute capability 9.0) by the blocks of a
@@ -208,7 +209,7 @@ INLINE void add_to_output(const float (&sums)[2][8][4], const Product& product, 
         product = p##index; \
         break;
 
-extern "C" __global__ void CLUSTER_SHAPE __launch_bounds__(BLOCK) weight_gradients(
+extern "C" __global__ void CLUSTER_SHAPE __launch_bounds__(BLOCK, AT_ONCE) weight_gradients(
     FirstBlocks first_blocks, Product p0, Product p1, Product p2, Product p3, Product p4, Product p5, Product p6, Product p7,
     Product p8, Product p9, Product p10, Product p11, Product p12, Product p13, Product p14, Product p15, u32 count, u32 tokens,
     float* partials, u32* counters) {
@@ -226,7 +227,9 @@ extern "C" __global__ void CLUSTER_SHAPE __launch_bounds__(BLOCK) weight_gradien
     }
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     int first = (blockIdx.x - first_block) * WIDE_TILE;
-    int tiles = (tokens + TOKEN_TILE - 1) / TOKEN_TILE, share = (tiles + gridDim.y - 1) / gridDim.y;
+    // Shares end at multiples of 64 tokens, whatever a tile is, so that sums are the same.
+    int groups = (tokens + 63) / 64, tiles = groups * (64 / TOKEN_TILE);
+    int share = (groups + gridDim.y - 1) / gridDim.y * (64 / TOKEN_TILE);
     int begin = blockIdx.y * share, steps = max(min(begin + share, tiles) - begin, 0);
     int end = min((begin + steps) * TOKEN_TILE, (int)tokens);
     u32 shared = shared_address(dynamic_shared);

@@ -12,10 +12,14 @@ pub const LOGIT_CHUNK_BYTES: usize = 48 << 20;
 /// The same on a device that needs larger products to be busy.
 const DEVICE_LOGIT_CHUNK_BYTES: usize = 256 << 20;
 
+/// Tokens beyond which a device's products gain little, as the head's weights are read for enough of them.
+const DEVICE_CHUNK_ROWS: usize = 384;
+
 /// Tokens of one chunk for a vocabulary of that size, on a CPU or on another device.
 pub fn logit_chunk_rows(on_host: bool, vocabulary: usize) -> usize {
-    let bytes = if on_host { LOGIT_CHUNK_BYTES } else { DEVICE_LOGIT_CHUNK_BYTES };
-    let rows = (bytes / (4 * vocabulary.max(1))).clamp(1, 1024);
+    let (bytes, most) =
+        if on_host { (LOGIT_CHUNK_BYTES, 1024) } else { (DEVICE_LOGIT_CHUNK_BYTES, DEVICE_CHUNK_ROWS) };
+    let rows = (bytes / (4 * vocabulary.max(1))).clamp(1, most);
     // Whole tiles of matrix units.
     if on_host || rows < 128 { rows } else { rows / 128 * 128 }
 }

@@ -20,16 +20,40 @@ static MODULE: ModuleText = ModuleText {
     ],
 };
 
-/// Tokens of a tile, and tiles that are on their way at one time.
-const TOKEN_TILE: usize = 64;
-const STAGES: usize = 3;
+/// How blocks read tokens.
+#[derive(Debug, Clone, Copy)]
+struct Tiling {
+    /// Tokens of a tile.
+    tokens: usize,
+    /// Tiles that are on their way at one time.
+    stages: usize,
+    /// Blocks on a multiprocessor.
+    at_once: usize,
+}
+
+const TILINGS: [Tiling; 2] =
+    [Tiling { tokens: 64, stages: 3, at_once: 3 }, Tiling { tokens: 32, stages: 4, at_once: 4 }];
+
+impl Tiling {
+    /// Larger tiles, unless more blocks at once are all blocks.
+    fn new(blocks: usize, multiprocessors: usize) -> Self {
+        let [large, small] = TILINGS;
+        let is_last_round_short = blocks > large.at_once * multiprocessors;
+        if is_last_round_short && blocks <= small.at_once * multiprocessors { small } else { large }
+    }
+
+    const fn shared_bytes(self) -> usize {
+        self.stages * self.tokens * (WIDE_TILE + THIN_TILE) * 2
+    }
+}
+
+/// Tokens that a block sums at least, where others share its tile.
+const LEAST_TOKENS: usize = 256;
 
 /// As in the kernel's text.
 const MOST_PRODUCTS: usize = 16;
 const WIDE_TILE: usize = 128;
 const THIN_TILE: usize = 64;
-
-const SHARED_BYTES: usize = STAGES * TOKEN_TILE * (WIDE_TILE + THIN_TILE) * 2;
 
 /// Blocks of a cluster at most: more leave each too little to do.
 const MOST_CLUSTER: usize = 4;
@@ -40,7 +64,8 @@ const MOST_SPLITS: usize = 6;
 impl Gpu {
     pub(super) fn add_gradients(&self, gradients: &mut [WeightGradient<'_>]) -> Result<()> {
         let facts = &self.facts;
-        let has_kernel = facts.capability >= (8, 0) && facts.shared_bytes_per_block > SHARED_BYTES;
+        let has_kernel =
+            facts.capability >= (8, 0) && facts.shared_bytes_per_block > TILINGS[0].shared_bytes();
         let mut thin: Vec<&mut WeightGradient<'_>> = Vec::with_capacity(gradients.len());
         for gradient in gradients {
             if has_kernel && is_thin(gradient) {
@@ -95,17 +120,19 @@ impl Gpu {
             Some(Tensor::scratch(like.device(), Category::Workspace, DType::F32, &shape)?)
         };
         let counters = self.counters.address(like)?;
+        let tiling = Tiling::new(blocks * splits, self.facts.multiprocessors);
         Kernel::of(&MODULE, "weight_gradients")
             .define("HALVES_F16", dtype == DType::F16)
-            .number("TOKEN_TILE", TOKEN_TILE)
-            .number("STAGES", STAGES)
+            .number("TOKEN_TILE", tiling.tokens)
+            .number("STAGES", tiling.stages)
+            .number("AT_ONCE", tiling.at_once)
             .number("CLUSTER", if has_clusters { splits } else { 1 })
             .arguments(&[Argument::Words(pairs(&first_blocks))])
             .arguments(&products)
             .arguments(&vec![Argument::Words([0; 8]); MOST_PRODUCTS - products.len()])
             .sizes(&[products.len(), tokens])
             .arguments(&[partials.as_ref().into(), Argument::Address(counters)])
-            .shared(SHARED_BYTES)
+            .shared(tiling.shared_bytes())
             .launch(self.runtime.as_ref(), [blocks, splits, 1], 128);
         Ok(())
     }
@@ -151,12 +178,12 @@ fn describe(gradient: &mut WeightGradient<'_>) -> Argument {
 
 /// Blocks of a cluster that divide the tokens, whatever else is in their launch, so that sums do not depend on that.
 fn cluster(tokens: usize) -> usize {
-    MOST_CLUSTER.min(tokens / (4 * TOKEN_TILE)).max(1)
+    MOST_CLUSTER.min(tokens / LEAST_TOKENS).max(1)
 }
 
 /// Parts that the tokens are divided into, so that two blocks of every multiprocessor have work.
 fn splits(blocks: usize, multiprocessors: usize, tokens: usize) -> usize {
-    let most = MOST_SPLITS.min(tokens.div_ceil(4 * TOKEN_TILE));
+    let most = MOST_SPLITS.min(tokens.div_ceil(LEAST_TOKENS));
     if blocks > COUNTERS {
         return 1;
     }

@@ -71,6 +71,27 @@ fn gradients_are_sums_over_tokens_added_to_what_was_there() {
     }
 }
 
+/// On a card of 132 multiprocessors the seven together have smaller tiles of tokens than one alone.
+#[test]
+fn gradients_do_not_depend_on_what_else_is_in_their_launch() {
+    let device = match Device::cuda(0, false) {
+        Ok(device) => device,
+        Err(error) => return println!("skipped: no CUDA device ({error})"),
+    };
+    let (tokens, columns) = (1100, [16, 2048]);
+    let case = |index: usize| Case {
+        left: numbers(2 * index, tokens * columns[0]),
+        right: numbers(2 * index + 1, tokens * columns[1]),
+        columns,
+    };
+    let cases: Vec<Case> = (0..7).map(case).collect();
+    let together = computed(&device, &cases, tokens);
+    for (case, sums) in cases.iter().zip(&together) {
+        check(case, tokens, sums);
+        assert_eq!(&computed(&device, std::slice::from_ref(case), tokens)[0], sums);
+    }
+}
+
 /// Results over tensors whose rows lie apart, from a gradient of ones.
 fn computed(device: &Device, cases: &[Case], tokens: usize) -> Vec<Vec<f32>> {
     const APART: usize = 8;
