@@ -56,6 +56,7 @@ uint atomic_fetch_add_explicit(volatile threadgroup atomic_uint*, uint, memory_o
 float dot(float4, float4);
 float exp(float);
 float fabs(float);
+float fma(float, float, float);
 float fract(float);
 float log(float);
 float sqrt(float);

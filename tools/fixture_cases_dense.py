@@ -75,6 +75,13 @@ GEMMA_CASES = [
          storage="bfloat16", padding=LEFT, grow=GEMMA_GROW, scale_invariant=POST_NORMED,
          matters=[[("layer_types", None)], [("attn_logit_softcapping", DROP)], [("sliding_window", 6)],
                   [("query_pre_attn_scalar", 16)]]),
+    # The exact GELU, where all released files have the tanh form.
+    Case("gemma2-gelu",
+         gemma2(hidden_activation="gelu", num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
+                hidden_size=24, intermediate_size=32, torch_dtype="float32"),
+         lora(rank=2, targets=["o_proj", "gate_proj", "down_proj"]), tokens=23, seed=11, padding=BOTH, grow=GEMMA_GROW,
+         scale_invariant=POST_NORMED, matters=[[("hidden_activation", "gelu_pytorch_tanh")]],
+         ignored=[[("hidden_act", "silu")]]),
     Case("gemma3-text", gemma3_text(), lora(rank=2), tokens=27, storage="bfloat16", narrow=True, padding=RIGHT,
          grow=GEMMA_GROW, scale_invariant=POST_NORMED + QK_NORMED,
          matters=[[("rope_local_base_freq", DROP)], [("rope_theta", DROP)], [("sliding_window_pattern", 3)],

@@ -44,7 +44,7 @@ MIXTRAL_CASES = [
          mixtral(output_router_logits=True, router_aux_loss_coef=0.6, num_local_experts=5, num_experts_per_tok=2,
                  intermediate_size=10),
          lora(rank=2, targets=["q_proj", "v_proj"], target_parameters=EXPERTS), tokens=23, seed=3, padding=BOTH,
-         grow=[ROUTER], matters=[[("num_experts_per_tok", 1)]], ignored=[[("output_router_logits", False)]]),
+         grow=[ROUTER], matters=[[("num_experts_per_tok", 1)]]),
     # Most adapters of this family were made when every expert had linears of its own.
     Case("mixtral-adapter-by-expert",
          mixtral(num_local_experts=3, hidden_size=16, intermediate_size=10, num_attention_heads=2,

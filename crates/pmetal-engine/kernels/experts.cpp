@@ -9,8 +9,8 @@
 // gate_rows            grid (T, ceil(D / 2048)), group 256: out = held + scale * sigmoid(logit) * y
 // gate_rows_backward   grid T, group 128: d_y and d_logits SOURCE [T]
 // gated_pair           grid (P, ceil(F / 2048)), group 256: out [P, F] of gate_up [P, 2 F]. PAIR = 0: gate in the first half, up
-//                      in the second, silu(gate) up; 1: the tanh form of GELU; 3: sigmoid(gate) up; 2: gate in even columns, up in odd ones, both
-//                      bounded by `limit`: (up + 1) gate sigmoid(slope gate)
+//                      in the second, silu(gate) up; 1: the tanh form of GELU; 4: GELU; 3: sigmoid(gate) up; 2: gate in even columns, up in
+//                      odd ones, both bounded by `limit`: (up + 1) gate sigmoid(slope gate)
 // gated_pair_backward  the same grid: d_gate_up [P, 2 F]
 // Bytes: each matrix once, y and x once for each choice.
 
@@ -166,23 +166,19 @@ DEVICE PairValues activate_pair(float gate, float up, float slope, float limit) 
     out.value = bounded * share * shifted;
     out.d_gate = gate <= limit ? shifted * share * (1.0f + slope * bounded * (1.0f - share)) : 0.0f;
     out.d_up = magnitude(up) <= limit ? bounded * share : 0.0f;
-#elif PAIR == 1
-    // (1 + tanh u) / 2 as sigmoid(2u), which does not cancel for negative u.
-    float share = sigmoid(2.0f * 0.7978845608f * (gate + 0.044715f * gate * gate * gate));
-    float derivative = share + gate * share * (1.0f - share) * 2.0f * 0.7978845608f * (1.0f + 3.0f * 0.044715f * gate * gate);
-    out.value = gate * share * up;
-    out.d_gate = up * derivative;
-    out.d_up = gate * share;
-#elif PAIR == 3
-    float share = sigmoid(gate);
-    out.value = share * up;
-    out.d_gate = up * share * (1.0f - share);
-    out.d_up = share;
 #else
-    float share = sigmoid(gate);
-    out.value = gate * share * up;
-    out.d_gate = up * share * (1.0f + gate * (1.0f - share));
-    out.d_up = gate * share;
+#if PAIR == 1
+    Activated gated = gelu_tanh(gate);
+#elif PAIR == 3
+    Activated gated = logistic_gate(gate);
+#elif PAIR == 4
+    Activated gated = gelu(gate);
+#else
+    Activated gated = silu(gate);
+#endif
+    out.value = gated.value * up;
+    out.d_gate = up * gated.slope;
+    out.d_up = gated.value;
 #endif
     return out;
 }

@@ -1,7 +1,7 @@
 // Gated activations of feed-forward layers (Shazeer, arXiv 2002.05202): out = activation(gate) * up.
 //
-// Matrices of ELEMENT [rows, columns], each with a pitch. SILU = 1: x sigmoid(x); SIGMOID = 1: sigmoid(x); else the tanh form
-// of GELU (Hendrycks and Gimpel, arXiv 1606.08415). Grid (rows, ceil(columns / 2048)), group 256. Bytes: three matrices forward, five
+// Matrices of ELEMENT [rows, columns], each with a pitch. SILU = 1: x sigmoid(x); GELU = 1: GELU; SIGMOID = 1: sigmoid(x); else the
+// tanh form of GELU. Grid (rows, ceil(columns / 2048)), group 256. Bytes: three matrices forward, five
 // backward. ALIGNED: columns, pitches and addresses are multiples of 8 elements and 16 bytes.
 //
 // Results that are also rounded, as quantise_rows of fp8.cpp does: ALIGNED alone; grid rows, group 32..1024, a thread holds
@@ -12,19 +12,16 @@
 // activation(x) and its derivative.
 DEVICE void activate(float x, LOCAL float& value, LOCAL float& slope) {
 #if SILU
-    float gate = reciprocal(1.0f + exponential(-x));
-    value = x * gate;
-    slope = gate * (1.0f + x * (1.0f - gate));
+    Activated result = silu(x);
+#elif GELU
+    Activated result = gelu(x);
 #elif SIGMOID
-    value = 1.0f / (1.0f + exponential(-x));
-    slope = value * (1.0f - value);
+    Activated result = logistic_gate(x);
 #else
-    // (1 + tanh u) / 2 as sigmoid(2u), which does not cancel for negative u.
-    float u = 0.7978845608f * (x + 0.044715f * x * x * x);
-    float gate = reciprocal(1.0f + exponential(-2.0f * u));
-    value = x * gate;
-    slope = gate + x * gate * (1.0f - gate) * 2.0f * 0.7978845608f * (1.0f + 3.0f * 0.044715f * x * x);
+    Activated result = gelu_tanh(x);
 #endif
+    value = result.value;
+    slope = result.slope;
 }
 
 KERNEL(gated)(GIVEN_POSITION

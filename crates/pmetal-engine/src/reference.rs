@@ -195,12 +195,35 @@ pub(crate) fn gated(activation: GateActivation, gate: &[f64], up: &[f64]) -> Vec
     let activate = |x: f64| match activation {
         GateActivation::Silu => x / (1.0 + (-x).exp()),
         GateActivation::Sigmoid => 1.0 / (1.0 + (-x).exp()),
+        GateActivation::Gelu => x * normal_share(x),
         GateActivation::GeluTanh => {
             let factor = (2.0 / std::f64::consts::PI).sqrt();
             0.5 * x * (1.0 + (factor * (x + 0.044715 * x.powi(3))).tanh())
         }
     };
     gate.iter().zip(up).map(|(&gate, up)| activate(gate) * up).collect()
+}
+
+/// The density of the normal distribution.
+pub(crate) fn normal_density(x: f64) -> f64 {
+    (-0.5 * x * x).exp() / (2.0 * std::f64::consts::PI).sqrt()
+}
+
+/// Share of the normal distribution that is below x: a series of positive terms near the middle, else Laplace's continued
+/// fraction of the tail.
+pub(crate) fn normal_share(x: f64) -> f64 {
+    let size = x.abs();
+    let tail = if size < 2.0 {
+        let terms = (1..60).scan(size, |term, n| {
+            let this = *term;
+            *term *= size * size / f64::from(2 * n + 1);
+            Some(this)
+        });
+        0.5 - normal_density(size) * terms.sum::<f64>()
+    } else {
+        normal_density(size) / (1..300).rev().fold(size, |below, n| size + f64::from(n) / below)
+    };
+    if x < 0.0 { tail } else { 1.0 - tail }
 }
 
 /// Sum over trained tokens of -log softmax(cap(scale x W^T))\[label\].

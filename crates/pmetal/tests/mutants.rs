@@ -123,13 +123,8 @@ fn every_field_that_moves_the_reference_moves_this_program() {
     assert!(cases.len() >= 200, "only {} edits are tried", cases.len());
     let unnoticed = wrong_cases(&cases, |outcome| outcome.as_ref().is_ok_and(Vec::is_empty));
     assert!(unnoticed.is_empty(), "{}", unnoticed.join("\n"));
-    // A value that is refused is noticed too: no released model has this one.
     let refused = wrong_cases(&cases, Result::is_err);
-    assert!(
-        refused.len() == 1 && refused[0].starts_with("gemma2: /hidden_activation"),
-        "{}",
-        refused.join("\n")
-    );
+    assert!(refused.is_empty(), "{}", refused.join("\n"));
 }
 
 #[test]

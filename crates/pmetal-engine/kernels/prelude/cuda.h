@@ -170,6 +170,8 @@ DEVICE float square_root(float x) { return sqrtf(x); }
 DEVICE float reciprocal(float x) { return __fdividef(1.0f, x); }
 DEVICE float reciprocal_root(float x) { return rsqrtf(x); }
 DEVICE float hyperbolic_tangent(float x) { return tanhf(x); }
+// Rounded once.
+DEVICE float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 DEVICE float maximum(float a, float b) { return fmaxf(a, b); }
 DEVICE float magnitude(float x) { return fabsf(x); }
 DEVICE uint multiply_high(uint a, uint b) { return __umulhi(a, b); }

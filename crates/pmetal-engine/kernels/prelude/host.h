@@ -169,6 +169,8 @@ DEVICE float square_root(float x) { return sqrtf(x); }
 DEVICE float reciprocal(float x) { return 1.0f / x; }
 DEVICE float reciprocal_root(float x) { return 1.0f / sqrtf(x); }
 DEVICE float hyperbolic_tangent(float x) { return tanhf(x); }
+// Rounded once.
+DEVICE float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
 DEVICE float maximum(float a, float b) { return fmaxf(a, b); }
 DEVICE float magnitude(float x) { return fabsf(x); }
 DEVICE uint multiply_high(uint a, uint b) { return (uint)(((ulong64)a * b) >> 32); }

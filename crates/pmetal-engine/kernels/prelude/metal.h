@@ -156,6 +156,8 @@ DEVICE float square_root(float x) { return precise::sqrt(x); }
 DEVICE float reciprocal(float x) { return 1.0f / x; }
 DEVICE float reciprocal_root(float x) { return precise::rsqrt(x); }
 DEVICE float hyperbolic_tangent(float x) { return precise::tanh(x); }
+// Rounded once.
+DEVICE float multiply_add(float a, float b, float c) { return fma(a, b, c); }
 DEVICE float maximum(float a, float b) { return precise::fmax(a, b); }
 DEVICE float magnitude(float x) { return fabs(x); }
 DEVICE uint multiply_high(uint a, uint b) { return mulhi(a, b); }

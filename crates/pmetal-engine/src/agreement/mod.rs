@@ -111,7 +111,9 @@ fn groups() -> [Group; 20] {
         ("activations", |inputs| {
             let width = inputs.width(100, 64);
             let mut all = rows::gated(inputs, width, GateActivation::Silu)?;
-            all.extend(rows::gated(inputs, width, GateActivation::Sigmoid)?);
+            for activation in [GateActivation::Gelu, GateActivation::GeluTanh, GateActivation::Sigmoid] {
+                all.extend(rows::gated(inputs, width, activation)?);
+            }
             Ok(all)
         }),
         ("rows", |inputs| rows::moved(inputs, inputs.width(33, 64))),

@@ -151,7 +151,9 @@ fn rotations_agree(device: &Device) {
 
 fn gated_activations_agree(device: &Device) {
     for_widths(device, |dtype, width| {
-        for activation in [GateActivation::Silu, GateActivation::GeluTanh, GateActivation::Sigmoid] {
+        for activation in
+            [GateActivation::Silu, GateActivation::Gelu, GateActivation::GeluTanh, GateActivation::Sigmoid]
+        {
             check(device, &format!("gated {width} {activation:?}"), dtype, &|inputs| {
                 rows::gated(inputs, width, activation)
             });
@@ -268,6 +270,7 @@ fn rows_of_experts_agree(device: &Device) {
         check(device, &format!("rows of experts of {width}"), dtype, &|inputs| experts::rows(inputs, width));
         for kind in [
             PairedGate::Halves(GateActivation::Silu),
+            PairedGate::Halves(GateActivation::Gelu),
             PairedGate::Halves(GateActivation::GeluTanh),
             PairedGate::Clamped { slope: 1.702, limit: 0.5 },
         ] {

@@ -401,6 +401,8 @@ pub struct LayerNorm<'a> {
 pub enum GateActivation {
     /// x * sigmoid(x).
     Silu,
+    /// x times the share of the normal distribution that is below x (Hendrycks and Gimpel, arXiv 1606.08415).
+    Gelu,
     /// The tanh approximation of GELU.
     GeluTanh,
     /// sigmoid(x).

@@ -2,7 +2,8 @@
 
 use rayon::prelude::*;
 
-use super::simd::{Element, multiversion, sigmoid, tanh, with_element};
+use super::activations::{Activation, Gelu, GeluTanh, Sigmoid, Silu};
+use super::simd::{Element, multiversion, tanh, with_element};
 use crate::device::{GateActivation, RopePairing, RopeRows};
 use crate::random::{RandomKey, WIDE};
 use crate::tensor::Tensor;
@@ -109,39 +110,10 @@ pub(super) fn rope(x: &mut Tensor, angles: &RopeRows<'_>, inverse: bool) {
     });
 }
 
-/// sqrt(2 / pi), of the tanh approximation of GELU (Hendrycks and Gimpel, arXiv 1606.08415).
-const GELU_FACTOR: f32 = 0.797_884_6;
-const GELU_CUBIC: f32 = 0.044_715;
-
-/// Value and derivative, with (1 + tanh u) / 2 as sigmoid(2u), which does not cancel for negative u.
-#[inline(always)]
-fn gelu_tanh(x: f32) -> (f32, f32) {
-    let share = sigmoid(2.0 * GELU_FACTOR * x * (GELU_CUBIC * x).mul_add(x, 1.0));
-    let slope = 2.0 * GELU_FACTOR * (3.0 * GELU_CUBIC * x).mul_add(x, 1.0);
-    (x * share, (x * share * (1.0 - share)).mul_add(slope, share))
-}
-
 multiversion! {
-    fn silu_task<X: Element>(gate: &[X], up: &[X], out: &mut [X]) {
+    fn gated_task<X: Element, A: Activation>(gate: &[X], up: &[X], out: &mut [X]) {
         for ((value, &gate), &up) in out.iter_mut().zip(gate).zip(up) {
-            let gate = gate.widen();
-            *value = X::narrow(gate * sigmoid(gate) * up.widen());
-        }
-    }
-}
-
-multiversion! {
-    fn gelu_task<X: Element>(gate: &[X], up: &[X], out: &mut [X]) {
-        for ((value, &gate), &up) in out.iter_mut().zip(gate).zip(up) {
-            *value = X::narrow(gelu_tanh(gate.widen()).0 * up.widen());
-        }
-    }
-}
-
-multiversion! {
-    fn sigmoid_task<X: Element>(gate: &[X], up: &[X], out: &mut [X]) {
-        for ((value, &gate), &up) in out.iter_mut().zip(gate).zip(up) {
-            *value = X::narrow(sigmoid(gate.widen()) * up.widen());
+            *value = X::narrow(A::at(gate.widen()).0 * up.widen());
         }
     }
 }
@@ -152,50 +124,30 @@ pub(super) fn gated(activation: GateActivation, gate: &Tensor, up: &Tensor, out:
             .par_chunks_mut(TASK)
             .zip(gate.as_slice::<X>().par_chunks(TASK).zip(up.as_slice::<X>().par_chunks(TASK)))
             .for_each(|(out, (gate, up))| match activation {
-                GateActivation::Silu => silu_task(gate, up, out),
-                GateActivation::GeluTanh => gelu_task(gate, up, out),
-                GateActivation::Sigmoid => sigmoid_task(gate, up, out),
+                GateActivation::Silu => gated_task::<X, Silu>(gate, up, out),
+                GateActivation::Gelu => gated_task::<X, Gelu>(gate, up, out),
+                GateActivation::GeluTanh => gated_task::<X, GeluTanh>(gate, up, out),
+                GateActivation::Sigmoid => gated_task::<X, Sigmoid>(gate, up, out),
             });
     });
 }
 
 multiversion! {
-    fn silu_backward_task<X: Element>(gate: &[X], up: &[X], d_out: &[X], d_gate: &mut [X], d_up: &mut [X]) {
+    fn gated_backward_task<X: Element, A: Activation>(
+        gate: &[X],
+        up: &[X],
+        d_out: &[X],
+        d_gate: &mut [X],
+        d_up: &mut [X],
+    ) {
         let count = gate.len();
         let (up, d_out) = (&up[..count], &d_out[..count]);
         let (d_gate, d_up) = (&mut d_gate[..count], &mut d_up[..count]);
         for i in 0..count {
-            let (x, slope) = (gate[i].widen(), d_out[i].widen());
-            let share = sigmoid(x);
-            d_up[i] = X::narrow(slope * x * share);
-            d_gate[i] = X::narrow(slope * up[i].widen() * share * (1.0 - share).mul_add(x, 1.0));
-        }
-    }
-}
-
-multiversion! {
-    fn gelu_backward_task<X: Element>(gate: &[X], up: &[X], d_out: &[X], d_gate: &mut [X], d_up: &mut [X]) {
-        let count = gate.len();
-        let (up, d_out) = (&up[..count], &d_out[..count]);
-        let (d_gate, d_up) = (&mut d_gate[..count], &mut d_up[..count]);
-        for i in 0..count {
-            let (value, derivative) = gelu_tanh(gate[i].widen());
+            let (value, derivative) = A::at(gate[i].widen());
             let slope = d_out[i].widen();
             d_up[i] = X::narrow(slope * value);
             d_gate[i] = X::narrow(slope * up[i].widen() * derivative);
-        }
-    }
-}
-
-multiversion! {
-    fn sigmoid_backward_task<X: Element>(gate: &[X], up: &[X], d_out: &[X], d_gate: &mut [X], d_up: &mut [X]) {
-        let count = gate.len();
-        let (up, d_out) = (&up[..count], &d_out[..count]);
-        let (d_gate, d_up) = (&mut d_gate[..count], &mut d_up[..count]);
-        for i in 0..count {
-            let (share, slope) = (sigmoid(gate[i].widen()), d_out[i].widen());
-            d_up[i] = X::narrow(slope * share);
-            d_gate[i] = X::narrow(slope * up[i].widen() * share * (1.0 - share));
         }
     }
 }
@@ -215,9 +167,10 @@ pub(super) fn gated_backward(
             .zip(d_up.as_mut_slice::<X>().par_chunks_mut(TASK))
             .zip(inputs.zip(d_out.as_slice::<X>().par_chunks(TASK)))
             .for_each(|((d_gate, d_up), ((gate, up), d_out))| match activation {
-                GateActivation::Silu => silu_backward_task(gate, up, d_out, d_gate, d_up),
-                GateActivation::GeluTanh => gelu_backward_task(gate, up, d_out, d_gate, d_up),
-                GateActivation::Sigmoid => sigmoid_backward_task(gate, up, d_out, d_gate, d_up),
+                GateActivation::Silu => gated_backward_task::<X, Silu>(gate, up, d_out, d_gate, d_up),
+                GateActivation::Gelu => gated_backward_task::<X, Gelu>(gate, up, d_out, d_gate, d_up),
+                GateActivation::GeluTanh => gated_backward_task::<X, GeluTanh>(gate, up, d_out, d_gate, d_up),
+                GateActivation::Sigmoid => gated_backward_task::<X, Sigmoid>(gate, up, d_out, d_gate, d_up),
             });
     });
 }

@@ -1,5 +1,6 @@
 //! The kernels of the processor.
 
+mod activations;
 pub mod attention;
 mod choice;
 mod delta;

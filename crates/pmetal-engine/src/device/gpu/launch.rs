@@ -105,6 +105,7 @@ impl Kernel {
 
     pub(super) fn activation(self, activation: GateActivation) -> Self {
         self.define("SILU", activation == GateActivation::Silu)
+            .define("GELU", activation == GateActivation::Gelu)
             .define("SIGMOID", activation == GateActivation::Sigmoid)
     }
 

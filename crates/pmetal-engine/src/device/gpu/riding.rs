@@ -98,8 +98,7 @@ impl Gpu {
         gate: &Tensor,
         a: &Tensor,
     ) -> Kernel {
-        let is_silu = activation == GateActivation::Silu;
-        self.riding_kernel(&GATED, name, gate, a).define("SILU", is_silu).aligned(true)
+        self.riding_kernel(&GATED, name, gate, a).activation(activation).aligned(true)
     }
 
     /// A norm with the product next to it; false where there is no kernel for these.

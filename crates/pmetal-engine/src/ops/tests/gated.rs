@@ -5,11 +5,12 @@ use crate::{ops, reference};
 on_every_device! {
     gated_activations_agree_with_the_reference,
     gated_activations_of_huge_inputs_are_finite,
+    gelu_is_right_to_the_last_digits,
     a_gate_without_a_wish_for_its_gradient_gets_none,
 }
 
-const ACTIVATIONS: [GateActivation; 3] =
-    [GateActivation::Silu, GateActivation::GeluTanh, GateActivation::Sigmoid];
+const ACTIVATIONS: [GateActivation; 4] =
+    [GateActivation::Silu, GateActivation::Gelu, GateActivation::GeluTanh, GateActivation::Sigmoid];
 
 fn gates(count: usize, dtype: DType) -> Vec<f64> {
     // Up to 8, where both activations have become straight lines.
@@ -55,6 +56,30 @@ fn gated_activations_of_huge_inputs_are_finite(device: &Device) {
             let gradient = arrived(&mut gradients, leaf).unwrap();
             assert!(gradient[1..].iter().all(|value| value.is_finite()), "{activation:?}: {gradient:?}");
         }
+    }
+}
+
+/// Where the tanh form is off by up to 5e-4.
+fn gelu_is_right_to_the_last_digits(device: &Device) {
+    let gate: Vec<f64> = (-12_500..=12_500).map(|step| f64::from(step as f32 * 1e-3)).collect();
+    let shape = [1, gate.len()];
+    let tape = Tape::recording();
+    let leaf = tape.leaf(tensor(device, DType::F32, &shape, &gate));
+    let ones = tensor(device, DType::F32, &shape, &vec![1.0; gate.len()]);
+    let y = ops::gated(&tape, GateActivation::Gelu, &leaf, &Var::constant(ones)).unwrap();
+    let values = wide(y.tensor());
+    let slopes = tape
+        .backward(&y, tensor(device, DType::F32, &shape, &vec![1.0; gate.len()]))
+        .unwrap()
+        .take(leaf.slot().unwrap())
+        .unwrap();
+    for ((x, value), slope) in gate.into_iter().zip(values).zip(wide(&slopes)) {
+        let (share, density) = (reference::normal_share(x), reference::normal_density(x));
+        let unit = 2.0_f64.powi(-24);
+        assert!((value - x * share).abs() <= 9.0 * unit * (x * share).abs(), "{x}: {value}");
+        // A sum of these two.
+        let size = share + (x * density).abs();
+        assert!((slope - share - x * density).abs() <= 10.0 * unit * size, "{x}: {slope}");
     }
 }
 

@@ -239,8 +239,11 @@ fn activation(config: &Config, defaults: &Defaults) -> Result<GateActivation> {
     let field = defaults.activation_field;
     match config.text(field, defaults.activation)?.as_str() {
         "silu" | "swish" => Ok(GateActivation::Silu),
+        "gelu" => Ok(GateActivation::Gelu),
         "gelu_pytorch_tanh" | "gelu_new" => Ok(GateActivation::GeluTanh),
-        other => Err(Error::Config(format!("`{field}` is `{other}`, expected silu or gelu_pytorch_tanh"))),
+        other => {
+            Err(Error::Config(format!("`{field}` is `{other}`, expected silu, gelu or gelu_pytorch_tanh")))
+        }
     }
 }
 

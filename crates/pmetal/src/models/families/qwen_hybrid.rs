@@ -1,6 +1,6 @@
 //! Qwen3-Next and Qwen 3.5: three layers of linear attention for each of full attention, whose result is gated.
 
-use pmetal_engine::device::NormWeight;
+use pmetal_engine::device::{GateActivation, NormWeight};
 
 use super::qwen_moe::sparse_layers;
 use super::{Defaults, Family, attention_biases, experts, layers_of_kind, plain, shared_expert, text_part};
@@ -56,6 +56,10 @@ fn read(family: &'static str, config: &Config, grouped: bool) -> Result<Spec> {
         ..Defaults::LLAMA
     };
     let mut spec = plain(family, config, &defaults)?;
+    if spec.activation() != GateActivation::Silu {
+        // It would be that of the convolution too.
+        return Err(Error::Config("`hidden_act` is not silu, which is not computed".to_owned()));
+    }
     attention_biases(&mut spec, config, false)?;
     spec.norm = NormKind::Rms(NormWeight::PlusOne);
     // Their parts that predict further tokens are not computed.

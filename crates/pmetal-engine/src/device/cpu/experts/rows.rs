@@ -3,6 +3,7 @@
 use rayon::prelude::*;
 
 use crate::Tensor;
+use crate::device::cpu::activations::{Activation, Gelu, GeluTanh, Sigmoid, Silu};
 use crate::device::cpu::simd::{Element, lane_sum, multiversion, sigmoid, with_element};
 use crate::device::experts::{PairedGate, RoutingPlan};
 use crate::device::{GateActivation, Held};
@@ -166,22 +167,14 @@ pub(super) fn gate_backward(
 #[inline(always)]
 fn pair(kind: PairedGate, gate: f32, up: f32) -> (f32, f32, f32) {
     match kind {
-        PairedGate::Halves(GateActivation::Silu) => {
-            let share = sigmoid(gate);
-            let active = gate * share;
-            (active * up, up * share * (1.0 - share).mul_add(gate, 1.0), active)
-        }
-        PairedGate::Halves(GateActivation::GeluTanh) => {
-            // (1 + tanh u) / 2 as sigmoid(2u), which does not cancel for negative u.
-            const FACTOR: f32 = 2.0 * 0.797_884_6;
-            const CUBIC: f32 = 0.044_715;
-            let share = sigmoid(FACTOR * gate * (CUBIC * gate).mul_add(gate, 1.0));
-            let slope = FACTOR * (3.0 * CUBIC * gate).mul_add(gate, 1.0);
-            (gate * share * up, up * (gate * share * (1.0 - share)).mul_add(slope, share), gate * share)
-        }
-        PairedGate::Halves(GateActivation::Sigmoid) => {
-            let share = sigmoid(gate);
-            (share * up, up * share * (1.0 - share), share)
+        PairedGate::Halves(activation) => {
+            let (value, derivative) = match activation {
+                GateActivation::Silu => Silu::at(gate),
+                GateActivation::Gelu => Gelu::at(gate),
+                GateActivation::GeluTanh => GeluTanh::at(gate),
+                GateActivation::Sigmoid => Sigmoid::at(gate),
+            };
+            (value * up, up * derivative, value)
         }
         PairedGate::Clamped { slope, limit } => {
             let (bounded, shifted) = (gate.min(limit), up.clamp(-limit, limit) + 1.0);

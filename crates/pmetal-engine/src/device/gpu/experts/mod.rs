@@ -30,6 +30,7 @@ fn pair_constants(kind: PairedGate) -> (usize, [Argument; 2]) {
     match kind {
         PairedGate::Halves(GateActivation::Silu) => (0, [Argument::F32(0.0); 2]),
         PairedGate::Halves(GateActivation::GeluTanh) => (1, [Argument::F32(0.0); 2]),
+        PairedGate::Halves(GateActivation::Gelu) => (4, [Argument::F32(0.0); 2]),
         PairedGate::Halves(GateActivation::Sigmoid) => (3, [Argument::F32(0.0); 2]),
         PairedGate::Clamped { slope, limit } => (2, [Argument::F32(slope), Argument::F32(limit)]),
     }

@@ -88,7 +88,7 @@ fn a_product_that_rides_on_a_norm_is_that_of_its_result() {
 #[test]
 fn a_product_that_rides_on_a_gated_layer_is_that_of_its_result() {
     let Some(device) = device() else { return };
-    let activations = [GateActivation::Silu, GateActivation::Silu, GateActivation::GeluTanh];
+    let activations = [GateActivation::Silu, GateActivation::Gelu, GateActivation::GeluTanh];
     for ([rows, width, ranks], activation) in SHAPES.into_iter().zip(activations) {
         let halves = || [7, 8].map(|seed| numbers(&device, seed, [rows, width]));
         let ([gate, up], riding) = (halves(), adapter(&device, [ranks, width]));

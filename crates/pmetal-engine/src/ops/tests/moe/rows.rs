@@ -113,8 +113,10 @@ fn rows_are_gated_as_the_reference_says(device: &Device) {
     }
 }
 
-const KINDS: [PairedGate; 3] = [
+const KINDS: [PairedGate; 5] = [
     PairedGate::Halves(GateActivation::Silu),
+    PairedGate::Halves(GateActivation::Gelu),
+    PairedGate::Halves(GateActivation::Sigmoid),
     PairedGate::Halves(GateActivation::GeluTanh),
     PairedGate::Clamped { slope: 1.702, limit: 4.0 },
 ];
