@@ -17,14 +17,24 @@ pub(super) const TEXT: Family = Family {
 pub(super) const MULTIMODAL: Family = Family {
     name: "Qwen 3.5, text part of multimodal models",
     model_type: "qwen3_5",
-    read: |config| {
-        let others = ["vision_config", "mtp_num_hidden_layers", "mtp_use_dedicated_embeddings"];
-        text_part(config, &others, |text| read_dense("qwen3_5", text))
-    },
+    read: |config| text_part(config, &OTHER_PARTS, |text| read_dense("qwen3_5", text)),
+};
+
+/// Fields of multimodal Qwen 3.5 that are not those of its text model.
+pub(super) const OTHER_PARTS: [&str; 3] =
+    ["vision_config", "mtp_num_hidden_layers", "mtp_use_dedicated_embeddings"];
+
+/// What those with experts have in common where a configuration says nothing.
+pub(super) const DEFAULTS: Defaults = Defaults {
+    head_width: Some(256),
+    context_length: 32_768,
+    rotated_part: 0.25,
+    key_value_heads: Some(2),
+    ..Defaults::LLAMA
 };
 
 fn read_next(config: &Config) -> Result<Spec> {
-    let mut spec = read("qwen3_next", config, true)?;
+    let mut spec = read("qwen3_next", config, &DEFAULTS, true)?;
     let mut part = experts(config, "num_experts", 512, 10)?;
     let width = config.optional_size("shared_expert_intermediate_size")?.unwrap_or(512);
     part.shared = Some(shared_expert(&spec, "mlp.shared_expert", width, Some("mlp.shared_expert_gate")));
@@ -33,8 +43,13 @@ fn read_next(config: &Config) -> Result<Spec> {
 }
 
 fn read_dense(family: &'static str, config: &Config) -> Result<Spec> {
-    let spec = read(family, config, false)?;
-    // Where experts would be, of which this family has none.
+    read_text(family, config, &Defaults { key_value_heads: Some(4), ..DEFAULTS })
+}
+
+/// What Qwen 3.5 has in common with its mixtures of experts.
+pub(super) fn read_text(family: &'static str, config: &Config, defaults: &Defaults) -> Result<Spec> {
+    let spec = read(family, config, defaults, false)?;
+    // Where some layers would have no experts, and what none of this computes.
     config.pass_over(&[
         "mlp_only_layers",
         "mtp_num_hidden_layers",
@@ -47,15 +62,8 @@ fn read_dense(family: &'static str, config: &Config) -> Result<Spec> {
     Ok(spec)
 }
 
-fn read(family: &'static str, config: &Config, grouped: bool) -> Result<Spec> {
-    let defaults = Defaults {
-        head_width: Some(256),
-        context_length: 32_768,
-        rotated_part: 0.25,
-        key_value_heads: Some(if grouped { 2 } else { 4 }),
-        ..Defaults::LLAMA
-    };
-    let mut spec = plain(family, config, &defaults)?;
+fn read(family: &'static str, config: &Config, defaults: &Defaults, grouped: bool) -> Result<Spec> {
+    let mut spec = plain(family, config, defaults)?;
     if spec.activation() != GateActivation::Silu {
         // It would be that of the convolution too.
         return Err(Error::Config("`hidden_act` is not silu, which is not computed".to_owned()));
