@@ -486,6 +486,22 @@ def qwen3_5(**fields):
     }
 
 
+def qwen3_5_moe_text(**fields):
+    """The same with experts: their text_config has no intermediate_size, and mlp_only_layers that nobody reads."""
+    config = qwen3_5_text(
+        **{"intermediate_size": DROP, "model_type": "qwen3_5_moe_text", "moe_intermediate_size": 6, "num_experts": 4,
+           "num_experts_per_tok": 2, "output_router_logits": False, "router_aux_loss_coef": 0.001,
+           "shared_expert_intermediate_size": 7} | fields)
+    return dict(sorted(config.items()))
+
+
+def qwen3_5_moe(**fields):
+    config = qwen3_5()
+    vision = config["vision_config"] | {"model_type": "qwen3_5_moe"}
+    return config | {"architectures": ["Qwen3_5MoeForConditionalGeneration"], "model_type": "qwen3_5_moe",
+                     "text_config": qwen3_5_moe_text(**fields), "vision_config": vision}
+
+
 def with_mtp(case, weights, generator):
     """Adds some of the tensors that predict further tokens, which the text model leaves alone."""
     width = case.config.get("text_config", case.config)["hidden_size"]
@@ -493,6 +509,20 @@ def with_mtp(case, weights, generator):
               "mtp.pre_fc_norm_embedding.weight": [width], "mtp.pre_fc_norm_hidden.weight": [width],
               "mtp.layers.0.input_layernorm.weight": [width], "mtp.layers.0.self_attn.k_proj.weight": [16, width]}
     return weights | {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def stacked_with_mtp(case, weights, generator):
+    """Experts in one tensor, where transformers saves one by one, and what predicts further tokens, with an expert."""
+    result = {name: value for name, value in weights.items() if ".experts." not in name}
+    for layer in sorted({name.split(".experts.")[0] for name in weights if ".experts." in name}):
+        count = len([name for name in weights if name.startswith(layer) and name.endswith(".up_proj.weight")
+                     and ".experts." in name])
+        parts = [[weights[f"{layer}.experts.{expert}.{part}_proj.weight"] for expert in range(count)]
+                 for part in ("gate", "up", "down")]
+        gates, ups, downs = map(torch.stack, parts)
+        result |= {f"{layer}.experts.gate_up_proj": torch.cat([gates, ups], dim=1), f"{layer}.experts.down_proj": downs}
+    mtp = {"mtp.layers.0.mlp.experts.down_proj": torch.randn((2, 24, 6), generator=generator)}
+    return with_mtp(case, result, generator) | mtp
 
 
 # Norms multiply by one more than their weight, but for the delta-net's own.
@@ -537,5 +567,29 @@ DELTA_CASES = [
          matters=[[("rope_parameters.partial_rotary_factor", 0.25)], [("rms_norm_eps", 1e-6)]]),
 ]
 
+QWEN3_5_MOE_CASES = [
+    # Released files stack experts, under the name of the text part.
+    Case("qwen3-5-moe-multimodal", qwen3_5_moe(), lora(rank=2, targets=DELTA_PROJECTIONS, target_parameters=EXPERTS),
+         tokens=25, padding=LEFT, narrow=True, grow=DELTA, release=stacked_with_mtp,
+         scale_invariant=["k_proj.weight"],
+         matters=[[("text_config.num_experts_per_tok", 1)], [("text_config.rms_norm_eps", 1e-6)],
+                  [("text_config.rope_parameters.partial_rotary_factor", 1.0)],
+                  [("text_config.rope_parameters.rope_theta", 10000000)]],
+         ignored=[[("text_config.mlp_only_layers", [0])], [("text_config.router_aux_loss_coef", 1.0)],
+                  [("text_config.rope_parameters.mrope_section", [1, 1, 2])], [("image_token_id", 5)]]),
+    # As transformers saves the text model; the fields that Qwen3-Next has besides say nothing.
+    Case("qwen3-5-moe-text",
+         qwen3_5_moe_text(architectures=["Qwen3_5MoeForCausalLM"], tie_word_embeddings=True, layer_types=DROP,
+                          full_attention_interval=3, num_hidden_layers=3, attention_bias=True, hidden_size=20,
+                          linear_num_key_heads=1, linear_num_value_heads=3, linear_conv_kernel_dim=2,
+                          dtype="bfloat16", transformers_version="5.23.0", num_experts=3, norm_topk_prob=False,
+                          decoder_sparse_step=2, intermediate_size=9),
+         lora(rank=2, use_rslora=True, targets=["in_proj_a", "q_proj", "shared_expert_gate"],
+              target_parameters=EXPERTS[1:]),
+         tokens=67, seed=1, padding=[(0, 0)], storage="bfloat16", grow=DELTA, scale_invariant=["k_proj.weight"],
+         matters=[[("rope_parameters.partial_rotary_factor", 0.25)], [("num_experts_per_tok", 3)]],
+         ignored=[[("norm_topk_prob", True)], [("decoder_sparse_step", 1)], [("intermediate_size", 14)]]),
+]
+
 EXPERT_CASES = (MIXTRAL_CASES + QWEN3_MOE_CASES + QWEN2_MOE_CASES + GPT_OSS_CASES + GRANITEMOE_CASES + LLAMA4_CASES
-                + DEEPSEEK_CASES + DEEPSEEK_V32_CASES + DELTA_CASES)
+                + DEEPSEEK_CASES + DEEPSEEK_V32_CASES + DELTA_CASES + QWEN3_5_MOE_CASES)

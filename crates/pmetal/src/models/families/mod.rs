@@ -17,6 +17,7 @@ mod olmo2;
 mod phi3;
 mod qwen2;
 mod qwen3;
+mod qwen3_5_moe;
 mod qwen_hybrid;
 mod qwen_moe;
 mod smollm3;
@@ -70,6 +71,8 @@ pub const FAMILIES: &[Family] = &[
     qwen_hybrid::NEXT,
     qwen_hybrid::TEXT,
     qwen_hybrid::MULTIMODAL,
+    qwen3_5_moe::TEXT,
+    qwen3_5_moe::MULTIMODAL,
     smollm3::FAMILY,
 ];
 
