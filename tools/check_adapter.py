@@ -67,7 +67,8 @@ def main():
     torch.set_num_threads(arguments.threads)
     transformers_logging.disable_progress_bar()
     stored = load_file(arguments.adapter / "adapter_model.safetensors")
-    base = AutoModelForCausalLM.from_pretrained(arguments.base, dtype=torch.float32, attn_implementation="eager")
+    base = AutoModelForCausalLM.from_pretrained(arguments.base, dtype=torch.float32, attn_implementation="eager",
+                                                experts_implementation="eager")
     model = PeftModel.from_pretrained(base, arguments.adapter).eval()
     missing, unexpected, altered = compare_keys(model, stored)
     report = {"tensors": len(stored), "missing": missing, "unexpected": unexpected, "altered": altered}

@@ -568,9 +568,10 @@ DELTA_CASES = [
 ]
 
 QWEN3_5_MOE_CASES = [
-    # Released files stack experts, under the name of the text part.
-    Case("qwen3-5-moe-multimodal", qwen3_5_moe(), lora(rank=2, targets=DELTA_PROJECTIONS, target_parameters=EXPERTS),
-         tokens=25, padding=LEFT, narrow=True, grow=DELTA, release=stacked_with_mtp,
+    # Released files stack experts, under the name of the text part; the adapter is that of the whole model.
+    Case("qwen3-5-moe-multimodal", qwen3_5_moe(),
+         lora(rank=2, targets=rf".*\.language_model\..*\.({'|'.join(DELTA_PROJECTIONS)})", target_parameters=EXPERTS),
+         tokens=25, padding=LEFT, narrow=True, grow=DELTA, release=stacked_with_mtp, adapts_whole=True,
          scale_invariant=["k_proj.weight"],
          matters=[[("text_config.num_experts_per_tok", 1)], [("text_config.rms_norm_eps", 1e-6)],
                   [("text_config.rope_parameters.partial_rotary_factor", 1.0)],

@@ -195,8 +195,8 @@ def write_model(case, folder):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def load_whole_model(folder, dtype=torch.float32):
-    model, report = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True, **EAGER)
+def load_whole_model(folder, dtype=torch.float32, chosen=AutoModelForCausalLM):
+    model, report = chosen.from_pretrained(folder, dtype=dtype, output_loading_info=True, **EAGER)
     config = json.loads((folder / "config.json").read_text())
     config = config.get("text_config", config)
     report["unexpected_keys"] = {name for name in report["unexpected_keys"]
@@ -222,10 +222,15 @@ def check_whole(folder):
         raise Refused(f"the reference misses {sorted(report['missing_keys'])}")
 
 
+def adapted_model(case, folder, whole):
+    """What an adapter is made for: the class that the config names, or the text model."""
+    return load_whole_model(folder, chosen=whole_class(case.config)) if whole else load_model(folder)
+
+
 def write_adapter(case, folder):
     """A PEFT folder with random A and B, holding nothing that depends on where or in which order it was written."""
     generator = generator_of(case, "adapter")
-    base = load_whole_model(folder) if case.adapts_whole else load_model(folder)
+    base = adapted_model(case, folder, case.adapts_whole)
     model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", lora_dropout=0.0, **case.adapter))
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
@@ -258,7 +263,7 @@ def by_expert(case, tensors):
 
 def load_adapter(case, folder):
     stored = load_file(folder / "adapter" / "adapter_model.safetensors")
-    base = load_whole_model(folder) if any(TOWER in name for name in stored) else load_model(folder)
+    base = adapted_model(case, folder, any(TOWER in name for name in stored))
     model = PeftModel.from_pretrained(base, folder / "adapter", is_trainable=True)
     trainable = by_expert(case, {peft_name(name): value.detach() for name, value in model.named_parameters()
                                  if value.requires_grad})
@@ -589,7 +594,7 @@ def check_merge(folder, batch, numbers, spread):
     targeted = [name for name in parameters if any(name == target or name.endswith("." + target)
                                                    for target in config["target_parameters"] or [])]
     for key in [key for key in adapter if "lora_A" in key]:
-        module = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+        module = text_name(key.removeprefix("base_model.model.").removesuffix(".lora_A.weight"))
         name, part = adapted(module, parameters, targeted)
         parameter = parameters[name]
         label = name.removesuffix(".weight")

@@ -10,7 +10,7 @@ use std::path::Path;
 use pmetal::core::ModelSource;
 use pmetal::lora::{self, CONFIG_FILE, WEIGHTS_FILE, fuse};
 use pmetal_formats::DType;
-use pmetal_formats::adapter::modules_of;
+use pmetal_formats::adapter::{AdapterConfig, ModuleNames, modules_of};
 use pmetal_formats::checkpoint::Checkpoint;
 use serde_json::{Value, json};
 use support::{
@@ -265,6 +265,107 @@ fn adapters_of_experts_are_written_as_peft_wrote_them() {
             assert_eq!((values.shape(), &bytes), (&wanted.shape[..], &wanted.bytes), "{name}: {tensor}");
         }
     }
+}
+
+/// What the tensors of a text model's adapters begin with, alone and inside whole models.
+const PLACES: [&str; 3] = ["model.layers.", "language_model.model.layers.", "model.language_model.layers."];
+
+/// The folder with the tensors of its adapter renamed from wherever they are to a place.
+fn moved_to(place: &str, folder: &Path) -> tempfile::TempDir {
+    let moved = tempfile::tempdir().unwrap();
+    copy_files(&folder.join("adapter"), moved.path());
+    let tensors = read_tensors(&moved.path().join(WEIGHTS_FILE)).into_iter().map(|(name, stored)| {
+        let path = name.strip_prefix("base_model.model.").unwrap();
+        let rest = PLACES.iter().find_map(|place| path.strip_prefix(place)).unwrap();
+        (format!("base_model.model.{place}{rest}"), stored)
+    });
+    write_tensors(&moved.path().join(WEIGHTS_FILE), &tensors.collect());
+    moved
+}
+
+#[test]
+fn adapters_of_text_models_are_read_wherever_whole_models_have_these() {
+    // By experts and by linear layers.
+    for name in ["gemma3", "llama4-multimodal", "qwen3-5-multimodal"] {
+        let folder = fixture(name);
+        let logits_with = |adapter: &Path| {
+            let mut decoder = load(&folder).unwrap().decoder;
+            lora::load(&mut decoder, adapter, false).unwrap();
+            logits(&decoder)
+        };
+        let expected = logits_with(&folder.join("adapter"));
+        for place in PLACES {
+            let moved = moved_to(place, &folder);
+            assert_eq!(logits_with(moved.path()), expected, "{name} at {place}");
+        }
+    }
+}
+
+#[test]
+fn adapters_inside_multimodal_folders_are_written_for_the_causal_language_model_of_the_folder() {
+    // Where transformers makes the text model of a folder, adapters are named as if it were alone; Gemma 3 stays whole.
+    let folders = [
+        ("gemma3", 2),
+        ("gemma3-new-layout", 2),
+        ("llama4-multimodal", 0),
+        ("qwen3-5-multimodal", 0),
+        ("qwen3-5-moe-multimodal", 0),
+    ];
+    for (name, place) in folders {
+        let folder = fixture(name);
+        let mut decoder = load(&folder).unwrap().decoder;
+        let config = lora::load(&mut decoder, &folder.join("adapter"), true).unwrap();
+        let moved = moved_to(PLACES[place], &folder);
+        let wanted = read_tensors(&moved.path().join(WEIGHTS_FILE));
+        let written = lora::tensors(&decoder).unwrap();
+        assert!(written.iter().all(|(tensor, _)| wanted.contains_key(tensor)), "{name}");
+        assert_eq!(written.len(), wanted.len(), "{name}");
+        let written = lora::config_to_write(&decoder, &config).unwrap();
+        for (module, linear) in decoder.linears() {
+            let path = module.replacen("model.layers.", PLACES[place], 1);
+            let shape = written.target(&path).unwrap();
+            let ranks = linear.lora.as_ref().map(|lora| (lora.a.shape()[0], lora.scale));
+            assert_eq!(shape.map(|shape| (shape.rank, shape.scale as f32)), ranks, "{name}: {module}");
+        }
+        let matcher = written.matcher().unwrap();
+        for (parameter, linear) in decoder.expert_linears() {
+            assert_eq!(matcher.parameter(parameter).is_some(), linear.lora.is_some(), "{name}: {parameter}");
+        }
+        // Layers of the vision tower have the same names.
+        let vision = "model.vision_tower.encoder.layers.0.self_attn.q_proj";
+        assert!(place == 0 || written.target(vision).unwrap().is_none(), "{name}");
+    }
+}
+
+#[test]
+fn all_linear_layers_are_written_by_their_names() {
+    // PEFT would add Llama 4's router.
+    let config = AdapterConfig::all_linear(2, 6.0);
+    for (name, count) in [("llama4-multimodal", 7), ("qwen3", 7), ("qwen3-5-text", 12), ("gemma3", 14)] {
+        let mut decoder = load(&fixture(name)).unwrap().decoder;
+        lora::attach(&mut decoder, &config, 0).unwrap();
+        let written = lora::config_to_write(&decoder, &config).unwrap();
+        let ModuleNames::List(names) = &written.target_modules else { panic!("{name}") };
+        assert_eq!(names.len(), count, "{name}: {names:?}");
+        assert_eq!(written.target("model.layers.0.feed_forward.router").unwrap(), None, "{name}");
+    }
+}
+
+#[test]
+fn a_written_configuration_names_layers_of_whole_models_with_their_own_ranks() {
+    let mut config = AdapterConfig::new(2, 6.0, ModuleNames::List(vec!["q_proj".into(), "up_proj".into()]));
+    config.layers_to_transform = Some(vec![1]);
+    config.rank_pattern = vec![("layers.1.mlp.up_proj".into(), 3)];
+    config.alpha_pattern = vec![("q_proj".into(), 5.0)];
+    let mut decoder = load(&fixture("gemma3")).unwrap().decoder;
+    lora::attach(&mut decoder, &config, 0).unwrap();
+    let written = lora::config_to_write(&decoder, &config).unwrap();
+    let [query, up] =
+        ["self_attn.q_proj", "mlp.up_proj"].map(|end| format!("model.language_model.layers.1.{end}"));
+    assert_eq!(written.target_modules, ModuleNames::List(vec![query.clone(), up.clone()]));
+    assert_eq!(written.rank_pattern, [(up, 3)]);
+    assert_eq!(written.alpha_pattern, [(query, 5.0)]);
+    assert_eq!((written.layers_to_transform, written.exclude_modules), (None, None));
 }
 
 /// Largest difference as a share of the second list's standard deviation.

@@ -5,7 +5,7 @@
 mod support;
 
 use pmetal::engine::Device;
-use pmetal::engine::device::{NormWeight, RopePairing};
+use pmetal::engine::device::{GateActivation, NormWeight, RopePairing};
 use pmetal::engine::ops::{Gate, PairedGate, Weighting};
 use pmetal::eval::verify::verify_changed;
 use pmetal::models::Spec;
@@ -81,6 +81,15 @@ const CASES: &[Case] = &[
         spec.layers.iter_mut().for_each(|layer| layer.norms.after_feed_forward = None);
     }),
     ("renormalised weights of experts", "mixtral", |spec| experts(spec, |e| e.router.normalise = None)),
+    ("renormalised weights of experts, whatever the file says", "qwen3-5-moe-text", |spec| {
+        experts(spec, |e| e.router.normalise = None);
+    }),
+    ("the exact GELU", "gemma2-gelu", |spec| {
+        spec.layers.iter_mut().for_each(|layer| {
+            let dense = layer.feed_forward.dense_mut().unwrap();
+            dense.activation = GateActivation::GeluTanh;
+        });
+    }),
     ("weights of experts as they are", "qwen2-moe", |spec| experts(spec, |e| e.router.normalise = Some(0.0))),
     ("the softmax after the choice", "granitemoe", |spec| experts(spec, |e| e.router.normalise = None)),
     ("the sigmoid of scores", "deepseek-v3", |spec| experts(spec, |e| e.router.gate = Gate::Softmax)),

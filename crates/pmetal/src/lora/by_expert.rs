@@ -4,10 +4,10 @@
 //! them one under the other, and of B only the blocks on the diagonal are not zero. Training would fill the others, so
 //! that no file of these names could hold the result.
 
-use pmetal_formats::adapter::{LoraHalf, LoraShape, TargetMatcher, tensor_name};
+use pmetal_formats::adapter::{LoraHalf, LoraShape, tensor_name};
 
-use super::AdapterFile;
 use super::experts::{ExpertHalf, ExpertMatrix, ExpertPart, Stored};
+use super::{AdapterFile, Targets};
 use crate::error::Result;
 use crate::models::loader::stored::one_by_one;
 
@@ -74,12 +74,12 @@ fn targeted(
     file: &mut AdapterFile<'_>,
     matrix: &ExpertMatrix,
     modules: Vec<String>,
-    matcher: &TargetMatcher,
+    matcher: &Targets,
 ) -> Option<Vec<Layer>> {
     let [experts, features, _] = matrix.sizes;
     let (height, mut layers, mut first_rank) = (features / modules.len(), Vec::new(), 0);
     for (index, module) in modules.into_iter().enumerate() {
-        let shape = |expert: usize| matcher.target(&of_expert(&module, expert), true, false);
+        let shape = |expert: usize| matcher.target(&of_expert(&module, expert));
         let shapes: Vec<LoraShape> = (0..experts).filter_map(shape).collect();
         let Some(rank) = shapes.first().map(|shape| shape.rank) else { continue };
         if shapes.len() < experts || shapes.iter().any(|shape| shape.rank != rank) {
@@ -100,7 +100,7 @@ fn of_expert(module: &str, expert: usize) -> String {
 pub(super) fn read(
     file: &mut AdapterFile<'_>,
     matrix: &ExpertMatrix,
-    matcher: &TargetMatcher,
+    matcher: &Targets,
 ) -> Result<Option<ExpertPart>> {
     let [experts, features, width] = matrix.sizes;
     let is_there = |file: &AdapterFile<'_>, module: &String| {

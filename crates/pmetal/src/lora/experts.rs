@@ -9,12 +9,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use pmetal_engine::ops::ExpertLora;
 use pmetal_engine::random::{RandomKey, stream_of};
 use pmetal_engine::{Category, Device, Parameter, Tensor, Weight};
-use pmetal_formats::adapter::{
-    AdapterConfig, LoraHalf, LoraShape, ModuleNames, TargetMatcher, parameter_tensor_name,
-};
+use pmetal_formats::adapter::{AdapterConfig, LoraHalf, LoraShape, ModuleNames, parameter_tensor_name};
 
-use super::AdapterFile;
 use super::by_expert::{self, OneByOne};
+use super::{AdapterFile, Targets};
 use crate::error::Result;
 use crate::models::Decoder;
 use crate::models::loader::stored::stack_of;
@@ -124,7 +122,7 @@ fn halves_of(adapted: &[(&ExpertMatrix, usize)], index: usize) -> [Half; 2] {
 }
 
 /// What a configuration targets.
-fn targets(matrices: &[ExpertMatrix], matcher: &TargetMatcher) -> Vec<Target> {
+fn targets(matrices: &[ExpertMatrix], matcher: &Targets) -> Vec<Target> {
     let chosen: Vec<(&ExpertMatrix, LoraShape)> = matrices
         .iter()
         .filter_map(|matrix| matcher.parameter(&matrix.name).map(|shape| (matrix, shape)))
@@ -200,7 +198,7 @@ pub type ExpertParts = BTreeMap<String, ExpertPart>;
 pub(super) fn read(
     file: &mut AdapterFile<'_>,
     matrices: &[ExpertMatrix],
-    matcher: &TargetMatcher,
+    matcher: &Targets,
 ) -> Result<ExpertParts> {
     let mut parts = BTreeMap::new();
     for target in targets(matrices, matcher) {
@@ -251,7 +249,7 @@ pub(super) fn load(decoder: &mut Decoder, parts: &ExpertParts, trainable: bool) 
 }
 
 /// Adds fresh adapters, which begin as PEFT's do: A of the file uniform, B zero. Returns the parameters' names.
-pub(super) fn attach(decoder: &mut Decoder, matcher: &TargetMatcher, seed: u64) -> Result<Vec<String>> {
+pub(super) fn attach(decoder: &mut Decoder, matcher: &Targets, seed: u64) -> Result<Vec<String>> {
     let device = decoder.device().clone();
     let targets = targets(&decoder.expert_matrices(), matcher);
     decoder.change_expert_linears(|name, linear| {

@@ -4,6 +4,7 @@
 mod by_expert;
 pub mod experts;
 pub mod fuse;
+mod places;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -15,8 +16,11 @@ use pmetal_formats::adapter::AdapterConfig;
 use pmetal_formats::safetensors::SafetensorsFile;
 
 use self::experts::{ExpertMatrix, ExpertPart, ExpertParts, Stored};
+pub use self::places::config_to_write;
+use self::places::{Targets, place_of, tensor_at};
 use crate::error::{Error, Faults, Result};
 use crate::models::Decoder;
+use crate::models::loader::stored::ALONE;
 
 /// Names of the two files of an adapter folder.
 pub const CONFIG_FILE: &str = "adapter_config.json";
@@ -31,9 +35,9 @@ pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";
 pub fn attach(decoder: &mut Decoder, config: &AdapterConfig, seed: u64) -> Result<Vec<String>> {
     let device = decoder.device().clone();
     let mut names = Vec::new();
-    let matcher = config.matcher()?;
+    let matcher = Targets::new(config, ALONE)?;
     decoder.change_linears(|module, linear| {
-        let Some(shape) = matcher.target(module, true, false) else { return Ok(()) };
+        let Some(shape) = matcher.target(module) else { return Ok(()) };
         let (features, width) = dimensions(linear);
         let key = RandomKey { seed, step: 0, stream: stream_of(module) };
         let bound = 1.0 / (width as f32).sqrt();
@@ -83,9 +87,11 @@ pub struct AdapterParts {
     pub experts: ExpertParts,
 }
 
-/// The tensors of an adapter that is read.
+/// The tensors of an adapter that is read, by the names that they have for a text model by itself.
 struct AdapterFile<'a> {
     file: &'a SafetensorsFile,
+    /// Where the file has the text model.
+    place: &'static str,
     /// Those that nobody asked for yet.
     left: BTreeSet<&'a str>,
     faults: Faults,
@@ -93,11 +99,12 @@ struct AdapterFile<'a> {
 
 impl AdapterFile<'_> {
     fn has(&self, name: &str) -> bool {
-        self.file.info(name).is_some()
+        self.file.info(&tensor_at(self.place, name)).is_some()
     }
 
     /// The values of a tensor; `None`, and a fault, where it is missing or has another shape.
     fn take(&mut self, name: &str, expected: [usize; 2]) -> Result<Option<Vec<f32>>> {
+        let name = &*tensor_at(self.place, name);
         self.left.remove(name);
         match self.file.info(name) {
             None => self.faults.add(format!("tensor `{name}` {expected:?} is missing")),
@@ -111,7 +118,7 @@ impl AdapterFile<'_> {
 }
 
 /// Reads an adapter folder for a model whose linear layers have the given names and shapes \[N, D\], and its experts the
-/// given matrices.
+/// given matrices. The folder may be of a whole multimodal model, if it adapts nothing but the text model.
 ///
 /// # Errors
 /// [`Error::Checkpoint`] naming tensors that are missing, left over or of another shape; what reading returns.
@@ -124,14 +131,12 @@ pub fn read(
     let path = folder.join(WEIGHTS_FILE);
     let file = SafetensorsFile::open(&path)?;
     let left: BTreeSet<&str> = file.tensors().iter().map(|info| info.name.as_str()).collect();
-    let mut file = AdapterFile { file: &file, left, faults: Faults::default() };
-    let (matcher, mut targeted, mut parts) = (config.matcher()?, 0, BTreeMap::new());
-    let of_whole = file.left.iter().any(|name| name.contains(".language_model."));
+    let mut file = AdapterFile { file: &file, place: place_of(&left), left, faults: Faults::default() };
+    let (matcher, mut targeted, mut parts) = (Targets::new(&config, file.place)?, 0, BTreeMap::new());
     for (module, [features, width]) in linears {
-        let path = if of_whole { in_whole_model(module) } else { module.clone() };
-        let Some(shape) = matcher.target(&path, true, false) else { continue };
+        let Some(shape) = matcher.target(module) else { continue };
         targeted += 1;
-        let mut half = |letter: &str, expected| file.take(&key_of(&path, letter), expected);
+        let mut half = |letter: &str, expected| file.take(&key_of(module, letter), expected);
         if let (Some(a), Some(b)) = (half("A", [shape.rank, *width])?, half("B", [*features, shape.rank])?) {
             parts.insert(module.clone(), AdapterPart { rank: shape.rank, scale: shape.scale, a, b });
         }
@@ -224,7 +229,8 @@ pub fn base_model_of(folder: &Path) -> Result<Option<String>> {
     Ok(AdapterConfig::open(&folder.join(CONFIG_FILE))?.base_model_name_or_path)
 }
 
-/// The adapter's tensors as PEFT names them and orders their elements, in a fixed order.
+/// The adapter's tensors as PEFT names them and orders their elements, in a fixed order, for the class that
+/// `AutoModelForCausalLM` makes of the base model's folder.
 ///
 /// # Errors
 /// A failure of the device.
@@ -237,18 +243,13 @@ pub fn tensors(decoder: &Decoder) -> Result<Vec<(String, Tensor)>> {
         })
         .collect();
     tensors.extend(experts::tensors(decoder)?);
+    tensors.iter_mut().for_each(|(name, _)| *name = tensor_at(decoder.spec.place, name));
     Ok(tensors)
 }
 
 /// The name that PEFT gives to one half of a module's adapter.
 pub fn key_of(module: &str, letter: &str) -> String {
     format!("base_model.model.{module}.lora_{letter}.weight")
-}
-
-/// The path of a text model's module inside a multimodal model, as transformers 5 has it: adapters that were trained there
-/// are named by it.
-fn in_whole_model(module: &str) -> String {
-    module.replacen("model.", "model.language_model.", 1)
 }
 
 fn dimensions(linear: &Linear) -> (usize, usize) {

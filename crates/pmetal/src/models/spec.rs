@@ -40,6 +40,8 @@ pub struct Spec {
     pub tied_head: bool,
     /// Layers after the last that predict further tokens; checkpoints may hold them, and they are passed over.
     pub further_layers: usize,
+    /// What the paths of its modules begin with in the model that transformers' `AutoModelForCausalLM` makes of the folder.
+    pub place: &'static str,
 }
 
 /// What a norm computes.

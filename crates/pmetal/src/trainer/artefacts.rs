@@ -112,7 +112,7 @@ pub fn write_adapter(
     config: &AdapterConfig,
 ) -> Result<()> {
     write_tensors(commit, lora::WEIGHTS_FILE, &lora::tensors(decoder)?)?;
-    commit.write(lora::CONFIG_FILE, config.to_json().as_bytes())?;
+    commit.write(lora::CONFIG_FILE, lora::config_to_write(decoder, config)?.to_json().as_bytes())?;
     Ok(())
 }
 

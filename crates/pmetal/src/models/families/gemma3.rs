@@ -22,7 +22,8 @@ fn read_multimodal(config: &Config) -> Result<Spec> {
     super::text_part(config, &["vision_config", "mm_tokens_per_image"], |text| {
         // The whole has no cap on its logits, whatever its text part says.
         text.get("final_logit_softcapping");
-        read("gemma3", text)
+        // Of other multimodal folders a causal language model is the text part alone.
+        Ok(Spec { place: "model.language_model.", ..read("gemma3", text)? })
     })
 }
 

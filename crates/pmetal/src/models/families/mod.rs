@@ -27,6 +27,7 @@ use pmetal_engine::device::{GateActivation, NormWeight, RopePairing};
 use pmetal_engine::ops::{Gate, PairedGate, Router, Weighting};
 
 use super::config::Config;
+use super::loader::stored::ALONE;
 use super::rope::{Rope, RopeKind};
 use super::spec::{
     AttentionSpec, DenseSpec, ExpertsSpec, FeedForwardSpec, HeadNorm, LayerNorms, LayerSpec, NormKind,
@@ -222,6 +223,7 @@ fn plain(family: &'static str, config: &Config, defaults: &Defaults) -> Result<S
         layers: vec![layer; layers],
         tied_head: config.flag("tie_word_embeddings", defaults.tied_head)?,
         further_layers: 0,
+        place: ALONE,
     })
 }
 

@@ -8,13 +8,34 @@ use super::{HEAD, needs};
 use crate::error::{Faults, Result};
 use crate::models::spec::Spec;
 
+/// What the paths of a text model's modules begin with where it is alone.
+pub(crate) const ALONE: &str = "model.";
+
 /// Where checkpoints keep a text model: before its layers, the head's name, and a name that tells. All but the first are
 /// multimodal.
 const TEXT_MODELS: [(&str, &str, &str); 3] = [
-    ("model.", HEAD, "model.embed_tokens.weight"),
+    (ALONE, HEAD, "model.embed_tokens.weight"),
     ("language_model.model.", "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"),
     ("model.language_model.", HEAD, "model.language_model.embed_tokens.weight"),
 ];
+
+/// What the paths of a text model's modules may begin with: where it is alone first.
+pub(crate) fn places() -> impl Iterator<Item = &'static str> {
+    TEXT_MODELS.iter().map(|(place, ..)| *place)
+}
+
+/// What the paths of a text model's modules begin with among the paths of a model; where it is alone, if none tells.
+pub(crate) fn place_among<'a>(mut names: impl Iterator<Item = &'a str>) -> &'static str {
+    names.find_map(|name| places().skip(1).find(|place| name.starts_with(place))).unwrap_or(ALONE)
+}
+
+/// The path of a tensor or module in a model that has its text model there.
+pub(crate) fn path_at(place: &str, path: &str) -> String {
+    match path.strip_prefix(ALONE) {
+        Some(rest) => format!("{place}{rest}"),
+        None => path.to_owned(),
+    }
+}
 
 /// Parts of multimodal models that are not computed.
 const OTHER_PARTS: [&str; 5] =
@@ -59,11 +80,7 @@ impl<'a> StoredNames<'a> {
 
     /// Where a tensor of a causal language model lies. What is nowhere has the name that it should have.
     pub(crate) fn pieces(&self, name: &str, shape: &[usize]) -> Vec<Piece> {
-        let name = match name.strip_prefix("model.") {
-            Some(rest) => format!("{}{rest}", self.layers),
-            None if name == HEAD => self.head.to_owned(),
-            None => name.to_owned(),
-        };
+        let name = if name == HEAD { self.head.to_owned() } else { path_at(self.layers, name) };
         let is_there = |name: &str| self.checkpoint.info(name).is_some();
         if !is_there(&name) {
             let named =
@@ -81,7 +98,7 @@ impl<'a> StoredNames<'a> {
     fn other_part<'b>(&self, name: &'b str) -> Option<&'b str> {
         let inner = name.strip_prefix("model.").unwrap_or(name);
         let part = inner.split('.').next().unwrap_or(inner);
-        (self.layers != TEXT_MODELS[0].0 && OTHER_PARTS.contains(&part)).then_some(part)
+        (self.layers != ALONE && OTHER_PARTS.contains(&part)).then_some(part)
     }
 }
 
