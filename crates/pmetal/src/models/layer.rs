@@ -332,12 +332,11 @@ impl Reader<'_> {
     fn dense(&self, part: &DenseSpec) -> Result<Dense> {
         let (width, inner, bias) = (self.spec.width, part.width, part.bias);
         let name = |name: &str| format!("{}.{name}", part.path);
-        let gate_up = if part.fused {
-            self.module(&[(&name("gate_up_proj"), width, 2 * inner, bias)])?
-        } else {
-            self.module(&[(&name("gate_proj"), width, inner, bias), (&name("up_proj"), width, inner, bias)])?
-        };
-        let down = self.module(&[(&name("down_proj"), inner, width, bias)])?;
+        let rows = 2 * inner / part.names.inputs.len();
+        let inputs: Vec<String> = part.names.inputs.iter().map(|input| name(input)).collect();
+        let inputs: Vec<_> = inputs.iter().map(|input| (&**input, width, rows, bias)).collect();
+        let gate_up = self.module(&inputs)?;
+        let down = self.module(&[(&name(part.names.output), inner, width, bias)])?;
         Ok(Dense { spec: part.clone(), gate_up, down })
     }
 

@@ -236,10 +236,26 @@ pub struct DenseSpec {
     pub width: usize,
     /// Applied to the gate.
     pub activation: GateActivation,
-    /// Whether gate and up are one linear layer, `gate_up_proj`.
-    pub fused: bool,
+    /// What checkpoints call its projections.
+    pub names: DenseNames,
     /// Whether its projections have biases.
     pub bias: bool,
+}
+
+/// Names of the projections of a gated layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DenseNames {
+    /// Gate and up, or the linear layer that is both.
+    pub inputs: &'static [&'static str],
+    /// What gives the result.
+    pub output: &'static str,
+}
+
+impl DenseNames {
+    /// Gate and up apart.
+    pub const APART: Self = Self { inputs: &["gate_proj", "up_proj"], output: "down_proj" };
+    /// Gate and up in one.
+    pub const FUSED: Self = Self { inputs: &["gate_up_proj"], output: "down_proj" };
 }
 
 /// A mixture of experts.

@@ -5,7 +5,7 @@ use pmetal_engine::device::RopePairing;
 use super::{Defaults, Family, change_dense, plain};
 use crate::error::Result;
 use crate::models::config::Config;
-use crate::models::spec::{LayerNorms, Spec};
+use crate::models::spec::{DenseNames, LayerNorms, Spec};
 
 pub(super) const FAMILY: Family = Family { name: "GLM-4", model_type: "glm4", read };
 
@@ -34,6 +34,6 @@ fn read(config: &Config) -> Result<Spec> {
         layer.attention.input_bias = bias;
         layer.norms = NORMS;
     }
-    change_dense(&mut spec, |dense| dense.fused = true);
+    change_dense(&mut spec, |dense| dense.names = DenseNames::FUSED);
     Ok(spec)
 }

@@ -30,8 +30,8 @@ use super::config::Config;
 use super::loader::stored::ALONE;
 use super::rope::{Rope, RopeKind};
 use super::spec::{
-    AttentionSpec, DenseSpec, ExpertsSpec, FeedForwardSpec, HeadNorm, LayerNorms, LayerSpec, NormKind,
-    Projection, SharedSpec, Spec,
+    AttentionSpec, DenseNames, DenseSpec, ExpertsSpec, FeedForwardSpec, HeadNorm, LayerNorms, LayerSpec,
+    NormKind, Projection, SharedSpec, Spec,
 };
 use crate::error::{Error, Result};
 
@@ -199,7 +199,7 @@ fn plain(family: &'static str, config: &Config, defaults: &Defaults) -> Result<S
             path: "mlp",
             width: size(config, "intermediate_size", defaults.inner)?,
             activation: activation(config, defaults)?,
-            fused: false,
+            names: DenseNames::APART,
             bias: false,
         }),
         norms: LayerNorms::BEFORE,
@@ -288,7 +288,8 @@ fn sliding_layers(config: &Config, layers: usize, default: impl Fn(usize) -> boo
 
 /// An expert for all tokens, like the dense layers of the model but for its width.
 fn shared_expert(spec: &Spec, path: &'static str, width: usize, gate: Option<&'static str>) -> SharedSpec {
-    let dense = DenseSpec { path, width, activation: spec.activation(), fused: false, bias: false };
+    let dense =
+        DenseSpec { path, width, activation: spec.activation(), names: DenseNames::APART, bias: false };
     SharedSpec { dense, gate }
 }
 

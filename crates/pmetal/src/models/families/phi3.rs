@@ -3,7 +3,7 @@
 use super::{Defaults, Family, change_dense, plain};
 use crate::error::Result;
 use crate::models::config::Config;
-use crate::models::spec::{Projection, Spec};
+use crate::models::spec::{DenseNames, Projection, Spec};
 
 pub(super) const FAMILY: Family =
     Family { name: "Phi-3, Phi-3.5, Phi-4, Phi-4-mini", model_type: "phi3", read };
@@ -20,6 +20,6 @@ fn read(config: &Config) -> Result<Spec> {
         layer.attention.mask.window = window;
         layer.attention.projection = Projection::Fused;
     }
-    change_dense(&mut spec, |dense| dense.fused = true);
+    change_dense(&mut spec, |dense| dense.names = DenseNames::FUSED);
     Ok(spec)
 }
