@@ -237,6 +237,29 @@ GRANITEMOE_CASES = [
 ]
 
 
+def granitemoeshared(**fields):
+    return granitemoe(**{"architectures": ["GraniteMoeSharedForCausalLM"], "model_type": "granitemoeshared",
+                         "shared_intermediate_size": 9, "transformers_version": "4.50.0.dev0"} | fields)
+
+
+GRANITEMOESHARED_CASES = [
+    Case("granitemoeshared", granitemoeshared(embedding_multiplier=0.7, residual_multiplier=0.9),
+         lora(rank=2, targets=["q_proj", "input_linear", "output_linear"], target_parameters=GRANITE_EXPERTS),
+         tokens=23, seed=1, narrow=True, padding=RIGHT, grow=[ROUTER],
+         matters=[[(name, 1.0)] for name in MULTIPLIERS] + [[("num_experts_per_tok", 3)], [("rms_norm_eps", 1e-5)]]),
+    # All experts with the exact GELU.
+    Case("granitemoeshared-gelu",
+         new_layout(granitemoeshared(tie_word_embeddings=False, attention_bias=True, num_local_experts=4,
+                                     num_experts_per_tok=3, hidden_size=20, num_attention_heads=2,
+                                     num_key_value_heads=1, logits_scaling=0.8, attention_multiplier=0.2,
+                                     shared_intermediate_size=12, hidden_act="gelu")),
+         lora(rank=3, targets=["output_linear"], target_parameters=GRANITE_EXPERTS[:1], use_rslora=True), tokens=25,
+         padding=LEFT, seed=10,
+         grow=[ROUTER, (r"gate_up_proj$|shared_mlp\.\w+_linear\.weight$|experts\.down_proj$", ("matrix", 2.0))],
+         matters=[[("hidden_act", "silu")], [("num_experts_per_tok", 2)]]),
+]
+
+
 def llama4_text(**fields):
     config = {
         "architectures": ["Llama4ForCausalLM"], "attention_bias": False, "attention_chunk_size": 7,
@@ -592,5 +615,6 @@ QWEN3_5_MOE_CASES = [
          ignored=[[("norm_topk_prob", True)], [("decoder_sparse_step", 1)], [("intermediate_size", 14)]]),
 ]
 
-EXPERT_CASES = (MIXTRAL_CASES + QWEN3_MOE_CASES + QWEN2_MOE_CASES + GPT_OSS_CASES + GRANITEMOE_CASES + LLAMA4_CASES
-                + DEEPSEEK_CASES + DEEPSEEK_V32_CASES + DELTA_CASES + QWEN3_5_MOE_CASES)
+EXPERT_CASES = (MIXTRAL_CASES + QWEN3_MOE_CASES + QWEN2_MOE_CASES + GPT_OSS_CASES + GRANITEMOE_CASES
+                + GRANITEMOESHARED_CASES + LLAMA4_CASES + DEEPSEEK_CASES + DEEPSEEK_V32_CASES + DELTA_CASES
+                + QWEN3_5_MOE_CASES)

@@ -104,6 +104,12 @@ const CASES: &[Case] = &[
         experts(spec, |e| e.weighting = Weighting::Output);
     }),
     ("the shared expert", "llama4-text", |spec| experts(spec, |e| e.shared = None)),
+    ("the shared expert whose gate and up are one layer", "granitemoeshared", |spec| {
+        experts(spec, |e| e.shared = None);
+    }),
+    ("the exact GELU of experts", "granitemoeshared-gelu", |spec| {
+        experts(spec, |e| e.gate = PairedGate::Halves(GateActivation::GeluTanh));
+    }),
     ("the gate of the shared expert", "qwen2-moe", |spec| {
         experts(spec, |e| e.shared.iter_mut().for_each(|shared| shared.gate = None));
     }),

@@ -9,6 +9,7 @@ mod glm4;
 mod gpt_oss;
 mod granite;
 mod granitemoe;
+mod granitemoeshared;
 mod llama;
 mod llama4;
 mod mistral;
@@ -58,6 +59,7 @@ pub const FAMILIES: &[Family] = &[
     gpt_oss::FAMILY,
     granite::FAMILY,
     granitemoe::FAMILY,
+    granitemoeshared::FAMILY,
     llama::FAMILY,
     llama4::TEXT,
     llama4::MULTIMODAL,
