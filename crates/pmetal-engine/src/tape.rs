@@ -14,7 +14,7 @@ use crate::aside::{Aside, Kept};
 use crate::device::{GradientCodes, Held, Riding, ScaledRows, Share, WeightGradient};
 use crate::error::{Error, Result};
 use crate::memory::Category;
-use crate::{DType, Device, Parameter, Tensor};
+use crate::{Device, Parameter, Tensor};
 
 type Backward = Box<dyn FnOnce(&mut Gradients) -> Result<()>>;
 
@@ -597,13 +597,5 @@ impl Record {
     fn new_slot(&mut self) -> usize {
         self.slots += 1;
         self.slots - 1
-    }
-}
-
-/// The arithmetic and dtype that go with activations of a type.
-pub(crate) fn arithmetic_for(dtype: DType) -> crate::device::Arithmetic {
-    match dtype {
-        DType::Bf16 => crate::device::Arithmetic::Bf16,
-        _ => crate::device::Arithmetic::F32,
     }
 }

@@ -103,7 +103,7 @@ pub(super) fn paired(inputs: &Inputs<'_>, width: usize, kind: PairedGate) -> Res
 /// Products of experts \[K, N\] with a second one over `rank`, all ways to store them, and gradients of weights.
 pub(super) fn products(inputs: &Inputs<'_>, [k, n, rank]: [usize; 3]) -> Result<Vec<Tensor>> {
     let (kernels, plan) = (inputs.device.kernels().experts(), plan(inputs)?);
-    let arithmetic = if inputs.dtype == DType::Bf16 { Arithmetic::Bf16 } else { Arithmetic::F32 };
+    let arithmetic = Arithmetic::of(inputs.dtype);
     let rows = TOKENS * CHOICES;
     let stack = |seed, shape: [usize; 3]| inputs.dense(seed, &shape);
     let (left, second) = (inputs.tensor(1, &[rows, k])?, inputs.tensor(2, &[rows, rank])?);

@@ -1,14 +1,14 @@
 //! Matrix products.
 
 use super::Inputs;
+use crate::Tensor;
 use crate::device::{Arithmetic, Finish, Operand, WeightGradient};
 use crate::error::Result;
-use crate::{DType, Tensor};
 
 /// Products \[M, N\] over K: plain, of transposes, two as one, with a bias, onto what is there and with a residual.
 pub(super) fn product(inputs: &Inputs<'_>, [m, n, k]: [usize; 3]) -> Result<Vec<Tensor>> {
     let kernels = inputs.device.kernels();
-    let arithmetic = if inputs.dtype == DType::Bf16 { Arithmetic::Bf16 } else { Arithmetic::F32 };
+    let arithmetic = Arithmetic::of(inputs.dtype);
     let (left, right) = (inputs.tensor(1, &[m, k])?, inputs.tensor(2, &[k, n])?);
     let (left_turned, right_turned) = (inputs.tensor(3, &[k, m])?, inputs.tensor(4, &[n, k])?);
     let (bias, residual) = (inputs.floats(5, &[n])?, inputs.tensor(6, &[m, n])?);

@@ -33,6 +33,16 @@ pub use heads::{HeadCopy, HeadRows};
 pub use mask::{AttentionMask, KeyChoice, MaskKind};
 pub use training::{AdamWControl, AdamWEntry, AdamWParameters, CrossEntropyParameters, Sum};
 
+impl Arithmetic {
+    /// What goes with activations of a type.
+    pub(crate) fn of(dtype: DType) -> Self {
+        match dtype {
+            DType::Bf16 => Self::Bf16,
+            _ => Self::F32,
+        }
+    }
+}
+
 /// A handle to a device; clones share its memory counters.
 #[derive(Clone)]
 pub struct Device(Arc<DeviceState>);
@@ -330,7 +340,7 @@ impl Riding {
     pub(crate) fn put_beside(&self, rows: &Tensor) -> Result<()> {
         let (mut spare, _) = rows.spare_columns().expect("invariant: these rows have columns to spare");
         let product = (Operand::plain(rows), Operand::transposed(&self.a));
-        let arithmetic = crate::tape::arithmetic_for(rows.dtype());
+        let arithmetic = Arithmetic::of(rows.dtype());
         rows.device().kernels().matmul(&[product], &mut spare, &Finish::scaled(self.scale), arithmetic)
     }
 }
@@ -349,7 +359,7 @@ impl Share {
     /// # Errors
     /// As [`Kernels::matmul`].
     pub(crate) fn add_to(&self, gradient: &mut Tensor) -> Result<()> {
-        let (device, arithmetic) = (gradient.device().clone(), crate::tape::arithmetic_for(self.d.dtype()));
+        let (device, arithmetic) = (gradient.device().clone(), Arithmetic::of(self.d.dtype()));
         let finish = Finish { scale: self.riding.scale, ..Finish::ACCUMULATE };
         let product = (Operand::plain(&self.d), Operand::plain(&self.riding.a));
         device.kernels().matmul(&[product], gradient, &finish, arithmetic)
@@ -476,7 +486,7 @@ pub trait Kernels: Send + Sync {
         gradients.iter_mut().try_for_each(|gradient| {
             let product = (Operand::transposed(gradient.left), Operand::plain(gradient.right));
             let finish = Finish { scale: gradient.scale, ..Finish::ACCUMULATE };
-            let arithmetic = crate::tape::arithmetic_for(gradient.left.dtype());
+            let arithmetic = Arithmetic::of(gradient.left.dtype());
             self.matmul(&[product], gradient.out, &finish, arithmetic)
         })
     }

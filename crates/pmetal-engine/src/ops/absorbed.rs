@@ -5,11 +5,10 @@
 //! vectors, which are one head of keys and values for all heads of queries, and their results back (DeepSeek-V2, arXiv
 //! 2405.04434, section 2.1.2). Without gradients.
 
-use crate::device::{Finish, HeadRows, Operand};
+use crate::device::{Arithmetic, Finish, HeadRows, Operand};
 use crate::error::{Result, expect_shape};
 use crate::memory::Category;
 use crate::ops::Linear;
-use crate::tape::arithmetic_for;
 use crate::{Tensor, Weight};
 
 /// Queries \[T, H, R\] of latent vectors, from q \[T, H, N\] of keys that `layer` \[H (N + V), R\] makes from these, each
@@ -32,7 +31,7 @@ pub fn absorb_queries(q: &Tensor, layer: &Linear, [unturned, value]: [usize; 2])
     kernels.head_products(q, &part(&b), &mut reduced, false)?;
     let product = (Operand::plain(&reduced), Operand::plain(&a));
     let finish = Finish { scale: lora.scale, ..Finish::ACCUMULATE };
-    kernels.matmul(&[product], &mut out, &finish, arithmetic_for(q.dtype()))?;
+    kernels.matmul(&[product], &mut out, &finish, Arithmetic::of(q.dtype()))?;
     Ok(out)
 }
 
@@ -53,7 +52,7 @@ pub fn expand_results(x: &Tensor, layer: &Linear, [unturned, value]: [usize; 2])
     let [a, b] = [&lora.a, &lora.b].map(Weight::value);
     let mut reduced = scratch(b.columns())?;
     let product = (Operand::plain(x), Operand::transposed(&a));
-    kernels.matmul(&[product], &mut reduced, &Finish::scaled(lora.scale), arithmetic_for(x.dtype()))?;
+    kernels.matmul(&[product], &mut reduced, &Finish::scaled(lora.scale), Arithmetic::of(x.dtype()))?;
     kernels.head_products(&reduced, &part(&b), &mut out, true)?;
     Ok(out)
 }

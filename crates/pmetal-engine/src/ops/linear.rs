@@ -6,7 +6,7 @@ use crate::device::{Arithmetic, DropoutMask, Finish, Kernels, Operand};
 use crate::error::{Error, Result, expect_dtype, expect_shape};
 use crate::memory::Category;
 use crate::random::RandomKey;
-use crate::tape::{Gradients, Saved, arithmetic_for};
+use crate::tape::{Gradients, Saved};
 use crate::{DType, Parameter, Tape, Tensor, Var, Weight};
 
 /// A linear layer: `y = x W^T + b + s (x A^T) B^T`.
@@ -81,7 +81,7 @@ pub fn project(x: &Tensor, weight: &Tensor, scale: f32, out: &mut Tensor) -> Res
     expect_shape("project", "input", &[x.columns()], &[weight.columns()])?;
     expect_shape("project", "result", &[out.rows(), out.columns()], &[x.rows(), weight.rows()])?;
     let product = (Operand::plain(x), Operand::transposed(weight));
-    x.device().kernels().matmul(&[product], out, &Finish::scaled(scale), arithmetic_for(x.dtype()))
+    x.device().kernels().matmul(&[product], out, &Finish::scaled(scale), Arithmetic::of(x.dtype()))
 }
 
 /// The adapter's part of a forward pass that the backward pass needs.
@@ -107,7 +107,7 @@ pub fn linear(tape: &Tape, x: &Var, layer: &Linear, options: LinearOptions<'_>) 
     let tokens = token_count(input.shape(), width)?;
     let input = input.reshape(&[tokens, width])?;
     let device = input.device().clone();
-    let arithmetic = arithmetic_for(input.dtype());
+    let arithmetic = Arithmetic::of(input.dtype());
     let record = layer.lora.as_ref().map(|lora| reduce(lora, &input, options.dropout)).transpose()?;
 
     let residual = check_residual(&options, &input, features)?;
@@ -203,7 +203,7 @@ fn reduce(lora: &Lora, input: &Tensor, dropout: Option<&Dropout>) -> Result<Lora
     let mut reduced = Tensor::scratch(device, Category::Activations, input.dtype(), &[tokens, a.rows()])?;
     let dropped = dropout.as_ref().map(|mask| drop_elements(input, mask)).transpose()?;
     let product = (Operand::plain(dropped.as_ref().unwrap_or(input)), Operand::transposed(&a));
-    let arithmetic = arithmetic_for(input.dtype());
+    let arithmetic = Arithmetic::of(input.dtype());
     device.kernels().matmul(&[product], &mut reduced, &Finish::scaled(lora.scale), arithmetic)?;
     Ok(LoraRecord { lora: lora.clone(), reduced, dropout })
 }
@@ -245,7 +245,7 @@ impl Node {
         let Some(d_out) = gradients.take(slot) else { return Ok(()) };
         let features = self.weight.shape()[0];
         let d_out = d_out.reshape(&[self.input_shape[0], features])?;
-        let arithmetic = arithmetic_for(d_out.dtype());
+        let arithmetic = Arithmetic::of(d_out.dtype());
         let input = match &self.input {
             Some(saved) => Some(saved.get()?.reshape(&self.input_shape)?),
             None => None,
@@ -291,7 +291,7 @@ impl Node {
         d_out: &Tensor,
     ) -> Result<Tensor> {
         let kernels = d_out.device().kernels();
-        let arithmetic = arithmetic_for(d_out.dtype());
+        let arithmetic = Arithmetic::of(d_out.dtype());
         let b = record.lora.b.value();
         let shape = [d_out.rows(), b.columns()];
         let mut d_reduced = Tensor::scratch(d_out.device(), Category::Activations, d_out.dtype(), &shape)?;

@@ -2,12 +2,12 @@
 
 mod fp8;
 
-use crate::device::{Finish, GradientCodes, Operand, Riding, ScaledRows, Share};
+use crate::device::{Arithmetic, Finish, GradientCodes, Operand, Riding, ScaledRows, Share};
 use crate::error::Result;
 use crate::memory::Category;
 use crate::ops::linear::{check_residual, linear, token_count};
 use crate::ops::{Linear, LinearOptions, Lora};
-use crate::tape::{Gradients, Saved, arithmetic_for};
+use crate::tape::{Gradients, Saved};
 use crate::{DType, Tape, Tensor, Var, Weight};
 
 /// Linear layers that read the same input.
@@ -186,7 +186,7 @@ pub fn linear_group(
     let width = packed.weight.columns();
     let input = x.tensor().reshape(&[tokens, width])?;
     let device = input.device().clone();
-    let (kernels, arithmetic) = (device.kernels(), arithmetic_for(input.dtype()));
+    let (kernels, arithmetic) = (device.kernels(), Arithmetic::of(input.dtype()));
     let features = packed.wide.rows();
     let residual = check_residual(&options, &input, features)?;
     let scratch =
@@ -247,7 +247,7 @@ fn reduce(tape: &Tape, x: &Var, group: &LinearGroup, packed: &Packed, input: &Te
     let Some(a) = &packed.a else { return Ok(Reduced { reduced: None, wide_input: None, kept: None }) };
     let is_kept = tape.is_recording() && group.trains();
     let here = |reduced: &Tensor| is_kept.then(|| KeptReduced::Here(reduced.clone()));
-    let (device, arithmetic) = (input.device().clone(), arithmetic_for(input.dtype()));
+    let (device, arithmetic) = (input.device().clone(), Arithmetic::of(input.dtype()));
     let (tokens, finish) = (input.rows(), Finish::scaled(packed.scale));
     let product = (Operand::plain(input), Operand::transposed(a));
     let scratch = || Tensor::scratch(&device, Category::Activations, input.dtype(), &[tokens, a.rows()]);
@@ -415,7 +415,7 @@ impl Node {
         out: &mut Tensor,
         finish: &Finish<'_>,
     ) -> Result<()> {
-        let (device, arithmetic) = (out.device().clone(), arithmetic_for(left.tensor.dtype()));
+        let (device, arithmetic) = (out.device().clone(), Arithmetic::of(left.tensor.dtype()));
         device.kernels().matmul(&[(left, Operand::plain(right))], out, finish, arithmetic)
     }
 

@@ -1,9 +1,8 @@
 //! Cross-entropy of a linear head, in chunks of tokens: the logits of all tokens never exist.
 
-use crate::device::{CrossEntropyParameters, Finish, Operand, Sum};
+use crate::device::{Arithmetic, CrossEntropyParameters, Finish, Operand, Sum};
 use crate::error::{Error, Result, expect_shape};
 use crate::memory::Category;
-use crate::tape::arithmetic_for;
 use crate::{DType, Device, Tape, Tensor, Var, Weight};
 
 /// Logits that exist at one time on a CPU take at most this many bytes.
@@ -176,7 +175,7 @@ impl Chunk<'_> {
         let (value, input) = (self.weight.value(), self.input);
         let device = input.device();
         let kernels = device.kernels();
-        let arithmetic = arithmetic_for(input.dtype());
+        let arithmetic = Arithmetic::of(input.dtype());
         let [rows, vocabulary] = [input.rows(), value.rows()];
         // Products of rows that are out of line are many times slower.
         let spare = if device.is_host() { 0 } else { vocabulary.next_multiple_of(8) - vocabulary };

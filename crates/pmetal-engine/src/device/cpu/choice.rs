@@ -7,7 +7,7 @@ use rayon::prelude::*;
 use super::simd::multiversion;
 use super::{elements, gemm};
 use crate::Tensor;
-use crate::device::{AttentionParameters, Segment};
+use crate::device::{Arithmetic, AttentionParameters, Segment};
 
 /// Queries whose scores are held at a time.
 const ROWS: usize = 16;
@@ -91,7 +91,7 @@ fn scores([q, k, weights]: [&Tensor; 3], queries: Range<usize>, keys: Range<usiz
         let products = &mut products[..queries.len() * heads * block.len()];
         let product = gemm::Product { left, right: right.part(block.clone(), 0..width).transposed() };
         let out = gemm::MatrixMut::row_major(&mut *products, queries.len() * heads, block.len());
-        let arithmetic = crate::tape::arithmetic_for(q.dtype());
+        let arithmetic = Arithmetic::of(q.dtype());
         gemm::gemm(&[product], out, &gemm::Epilogue::default(), arithmetic);
         let columns = block.start - keys.start..block.end - keys.start;
         let by_query = products.par_chunks(heads * block.len()).zip(weights.par_chunks(heads));

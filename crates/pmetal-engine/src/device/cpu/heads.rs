@@ -4,8 +4,7 @@ use rayon::prelude::*;
 
 use super::gemm::{Epilogue, MatrixMut, MatrixRef, Product, gemm_on_this_thread};
 use super::simd::{Element, multiversion, with_element};
-use crate::device::{HeadCopy, HeadRows};
-use crate::tape::arithmetic_for;
+use crate::device::{Arithmetic, HeadCopy, HeadRows};
 use crate::tensor::Tensor;
 
 pub(super) fn copy_heads(source: &Tensor, target: &mut Tensor, copy: &HeadCopy) {
@@ -73,7 +72,7 @@ pub(super) fn head_products(x: &Tensor, rows: &HeadRows<'_>, out: &mut Tensor, a
             &[Product { left, right }],
             target,
             &Epilogue::default(),
-            arithmetic_for(x.dtype()),
+            Arithmetic::of(x.dtype()),
         );
     });
     with_element!(out.dtype(), X => {

@@ -75,9 +75,7 @@ impl Gpu {
             let WeightGradient { left, right, out, scale } = gradient;
             let product = (Operand::transposed(left), Operand::plain(right));
             let finish = Finish { scale: *scale, ..Finish::ACCUMULATE };
-            let is_bf16 = left.dtype() == DType::Bf16;
-            let arithmetic = if is_bf16 { Arithmetic::Bf16 } else { Arithmetic::F32 };
-            self.multiply(&[product], out, &finish, arithmetic)?;
+            self.multiply(&[product], out, &finish, Arithmetic::of(left.dtype()))?;
         }
         let mut rest = thin.as_mut_slice();
         while let Some(first) = rest.first() {

@@ -5,11 +5,10 @@
 //! dimension that is summed over. Adapters stay out of it, in the type of activations.
 
 use super::{LinearGroup, Packed};
-use crate::device::{Finish, Fp8Kernels, GradientCodes, Operand, ScaledRows};
+use crate::device::{Arithmetic, Finish, Fp8Kernels, GradientCodes, Operand, ScaledRows};
 use crate::error::{Error, Result};
 use crate::memory::Category;
 use crate::ops::Linear;
-use crate::tape::arithmetic_for;
 use crate::{DType, Device, Tensor, Weight};
 
 /// The weights of a group in eight bits.
@@ -123,7 +122,7 @@ impl Packed {
             return kernels.multiply(&rounded, &weight.rows, out, &finish);
         };
         let product = [(Operand::plain(reduced), Operand::transposed(&b))];
-        let arithmetic = arithmetic_for(input.dtype());
+        let arithmetic = Arithmetic::of(input.dtype());
         if kernels.adds_in_product() {
             // The long product reads what it adds to beside its own work, the short one would wait for it.
             device.kernels().matmul(&product, out, &finish, arithmetic)?;
@@ -141,7 +140,7 @@ impl Packed {
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let device = d_out.device().clone();
         let (tokens, dtype) = (d_out.rows(), d_out.dtype());
-        let (plain, arithmetic) = (device.kernels(), arithmetic_for(dtype));
+        let (plain, arithmetic) = (device.kernels(), Arithmetic::of(dtype));
         let scratch = |columns| Tensor::scratch(&device, Category::Activations, dtype, &[tokens, columns]);
         let d_reduced = match self.b_alone()? {
             Some(b) => {

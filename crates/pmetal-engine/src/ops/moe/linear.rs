@@ -3,10 +3,10 @@
 use std::sync::Arc;
 
 use super::Routing;
-use crate::device::{ExpertFinish, ExpertKernels, Operand, RoutingPlan};
+use crate::device::{Arithmetic, ExpertFinish, ExpertKernels, Operand, RoutingPlan};
 use crate::error::{Result, expect_shape};
 use crate::memory::Category;
-use crate::tape::{Gradients, Saved, arithmetic_for};
+use crate::tape::{Gradients, Saved};
 use crate::{DType, Parameter, Tape, Tensor, Var, Weight};
 
 /// A linear layer of each expert: `y = x W^T + b + s (x A^T) B^T` with the W, b, A and B of a row's expert.
@@ -58,7 +58,7 @@ pub fn expert_linear(tape: &Tape, x: &Var, layer: &ExpertLinear, routing: &Routi
     let [features, width] = check_weight(layer, &weight, input, plan)?;
     let rows = input.rows();
     let (device, dtype) = (input.device().clone(), input.dtype());
-    let arithmetic = arithmetic_for(dtype);
+    let arithmetic = Arithmetic::of(dtype);
     let kernels = device.kernels().experts();
     let scratch = |columns| Tensor::scratch(&device, Category::Activations, dtype, &[rows, columns]);
 
@@ -169,7 +169,7 @@ impl Node {
                 let b = lora.b.read_in(d_out.dtype());
                 let finish = ExpertFinish { scale: lora.scale, ..ExpertFinish::STORE };
                 let product = (&d_out, Operand::plain(&b));
-                let arithmetic = arithmetic_for(d_out.dtype());
+                let arithmetic = Arithmetic::of(d_out.dtype());
                 kernels.multiply_experts(&[product], &self.plan, &finish, &mut d_reduced, arithmetic)?;
                 drop(b);
                 self.add(kernels, lora.b.parameter(), &d_out, reduced)?;
@@ -225,7 +225,7 @@ impl Node {
         products.extend(d_reduced.zip(a.as_ref()).map(|(d, a)| (d, Operand::plain(a))));
         gradients.add_with(slot, (d_out, &self.shape, 0), |d_input, accumulate| {
             let finish = ExpertFinish { accumulate, ..ExpertFinish::STORE };
-            kernels.multiply_experts(&products, &self.plan, &finish, d_input, arithmetic_for(d_out.dtype()))
+            kernels.multiply_experts(&products, &self.plan, &finish, d_input, Arithmetic::of(d_out.dtype()))
         })
     }
 }

@@ -161,7 +161,7 @@ pub(super) fn add_gradients(
             gemm(&[gemm::Product { left, right }], MatrixMut::row_major(out, rows, columns), &epilogue);
             Ok(())
         };
-    run(parts, multiply, crate::tape::arithmetic_for(left.dtype()))
+    run(parts, multiply, Arithmetic::of(left.dtype()))
 }
 
 multiversion! {

@@ -2,10 +2,9 @@
 
 use super::{Gpu, Inputs};
 use crate::device::gpu::launch::Kernel;
-use crate::device::{Finish, Operand};
+use crate::device::{Arithmetic, Finish, Operand};
 use crate::error::{Error, Result};
 use crate::memory::Category;
-use crate::tape::arithmetic_for;
 use crate::{DType, Tensor};
 
 /// The widest head of the portable kernels.
@@ -50,7 +49,7 @@ impl Gpu {
         let most = (MOST_SCORES / (heads * keys).max(1)).clamp(1, tokens.clamp(1, MOST_QUERIES));
         let scratch = |dtype| Tensor::scratch(&device, Category::Workspace, dtype, &[most * heads, keys]);
         let (products, mut weights) = (scratch(DType::F32)?, scratch(dtype)?);
-        let (mut products, arithmetic) = (products, arithmetic_for(dtype));
+        let (mut products, arithmetic) = (products, Arithmetic::of(dtype));
         let (k, v) = (inputs.k.reshape(&[keys, p.key_width])?, inputs.v.reshape(&[keys, p.value_width])?);
         let [key_begin, key_end, ..] = inputs.ranges;
         for first in (0..tokens).step_by(most) {

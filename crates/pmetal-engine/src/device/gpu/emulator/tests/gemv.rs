@@ -37,7 +37,7 @@ fn product(
         accumulate: added == "itself",
         residual: Some(&residual).filter(|_| added == "a residual"),
     };
-    let arithmetic = if run.dtype == DType::Bf16 { Arithmetic::Bf16 } else { Arithmetic::F32 };
+    let arithmetic = Arithmetic::of(run.dtype);
     run.device.kernels().matmul(&products, &mut out, &finish, arithmetic).unwrap();
     vec![out]
 }

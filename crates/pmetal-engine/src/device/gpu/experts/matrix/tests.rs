@@ -135,7 +135,7 @@ fn multiply_tiles(device: &Device) {
                 [(&left, operand(&stack, turned)), (&second, operand(&second_stack, second_turned))];
             let run = |count: usize, finish: &ExpertFinish<'_>| {
                 let mut out = apart(device, dtype, [rows, n], &held);
-                let arithmetic = crate::tape::arithmetic_for(dtype);
+                let arithmetic = crate::device::Arithmetic::of(dtype);
                 kernels
                     .multiply_experts(&products[..count], &plan, finish, &mut out, arithmetic)
                     .expect("products");
@@ -170,7 +170,7 @@ fn a_block_multiplies_more_tiles_than_one() {
     assert!(tiles * n.div_ceil(256) > 200, "no block has several of {tiles} tiles");
     let mut out = Tensor::scratch(&device, Category::Workspace, dtype, &[rows, n]).expect("memory");
     let product = (&left, Operand { tensor: &stack, transposed: false });
-    let arithmetic = crate::tape::arithmetic_for(dtype);
+    let arithmetic = crate::device::Arithmetic::of(dtype);
     let kernels = device.kernels().experts();
     kernels
         .multiply_experts(&[product], &plan, &ExpertFinish::STORE, &mut out, arithmetic)

@@ -103,7 +103,7 @@ fn times_of_products_of_experts() {
             FORCED.set(Some(by_warpgroups));
             let each = seconds(&device, 50, || {
                 let product = (&left, Operand { tensor: &stack, transposed: turned });
-                let arithmetic = crate::tape::arithmetic_for(DType::Bf16);
+                let arithmetic = crate::device::Arithmetic::of(DType::Bf16);
                 let finish = ExpertFinish::STORE;
                 let outcome = kernels.multiply_experts(&[product], &plan, &finish, &mut out, arithmetic);
                 outcome.expect("a product");
