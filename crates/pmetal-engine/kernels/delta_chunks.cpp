@@ -627,6 +627,48 @@ DEVICE void store_held(POSITION SHARED_POINTER(const float) held, uint width, GL
     }
 }
 
+// A chunk that is scanned: its keys and what couples them, and the first that passes bring of both.
+struct ScanChunk {
+    Rows<float> keys, coupling;
+    ScanSlab keys_slab, coupling_slab;
+};
+
+template <bool IS_BACK>
+DEVICE ScanChunk scanned_chunk(
+    POSITION const GLOBAL float* normed, const GLOBAL float* coupling, uint start, uint count, uint key_heads, uint heads) {
+    ScanChunk chunk;
+    chunk.keys = key_rows(normed, start, count, key_heads, heads, GROUP_Y);
+    chunk.coupling = {coupling + ((ulong64)start * heads + GROUP_Y) * CHUNK, (ulong64)heads * CHUNK, count, CHUNK};
+    chunk.keys_slab = fetch<CHUNK, SCAN_STEP>(HERE chunk.keys, 0, 0);
+    chunk.coupling_slab = fetch_coupling<IS_BACK>(HERE chunk.coupling, 0);
+    return chunk;
+}
+
+// By v and, in `held`, S: errors to `out`, and times what is left of them behind the chunk to `fresh`. Where IS_BACK, by
+// Y^T do and F: r to `out`, and times minus what the state before had of it to `fresh`.
+template <bool IS_BACK>
+DEVICE void scan_chunk(
+    POSITION LOCAL const ScanChunk& chunk, LOCAL const ScanSums& values, bool has_held,
+    SHARED_POINTER(const float) controls, SHARED_POINTER(const float) held, SHARED_POINTER(float) fresh,
+    SHARED_POINTER(float) tile, GLOBAL float* out, uint start, uint heads, uint width) {
+    uint near = IS_BACK ? UNTIL : SINCE, far = IS_BACK ? SINCE : UNTIL;
+    ScanSums sums = {};
+    if (has_held) sums = recall(HERE chunk.keys, chunk.keys_slab, held, tile);
+    UNROLL for (uint i = 0; i < 2 * SCAN_COLUMNS; ++i) {
+        float known = controls[near + SCAN_ROW(i / SCAN_COLUMNS)] * sums.v[i];
+        sums.v[i] = IS_BACK ? values.v[i] + known : values.v[i] - known;
+    }
+    uncouple<IS_BACK>(HERE chunk.coupling, chunk.coupling_slab, controls, fresh, tile, sums);
+    UNROLL for (uint i = 0; i < 2 * SCAN_COLUMNS; ++i) {
+        uint row = SCAN_ROW(i / SCAN_COLUMNS), place = own_column(THREAD, i % SCAN_COLUMNS);
+        uint column = GROUP_X * SLICE + place;
+        float factor = IS_BACK ? -controls[far + row] : controls[far + row];
+        fresh[row * HELD_PITCH + place] = factor * controls[RATES + row] * sums.v[i];
+        if (row < chunk.keys.rows && column < width)
+            out[((ulong64)(start + row) * heads + GROUP_Y) * width + column] = sums.v[i];
+    }
+}
+
 KERNEL(delta_scan)(GIVEN_POSITION
     const GLOBAL float* normed, const GLOBAL float* gates, const GLOBAL int* marks, const GLOBAL float* spans,
     const GLOBAL float* coupling, const GLOBAL ELEMENT* v, GLOBAL float* errors, GLOBAL float* states,
@@ -649,24 +691,12 @@ KERNEL(delta_scan)(GIVEN_POSITION
             BARRIER();
             if (has_before) store_held(HERE held, width, states + ((ulong64)(start / CHUNK) * heads + head) * elements);
             uint count = (uint)controls[COUNT];
-            Rows<float> keys = key_rows(normed, start, count, key_heads, heads, head);
-            Rows<float> own = {coupling + ((ulong64)start * heads + head) * CHUNK, (ulong64)heads * CHUNK, count, CHUNK};
-            ScanSlab keys_slab = fetch<CHUNK, SCAN_STEP>(HERE keys, 0, 0);
-            ScanSlab own_slab = fetch_coupling<false>(HERE own, 0);
-            ScanSums sums = {}, values = scan_values(HERE head_rows(v, v_pitch, start, count, width, head));
-            if (has_before) sums = recall(HERE keys, keys_slab, held, tile);
-            UNROLL for (uint i = 0; i < 2 * SCAN_COLUMNS; ++i)
-                sums.v[i] = values.v[i] - controls[SINCE + SCAN_ROW(i / SCAN_COLUMNS)] * sums.v[i];
-            uncouple<false>(HERE own, own_slab, controls, fresh, tile, sums);
-            UNROLL for (uint i = 0; i < 2 * SCAN_COLUMNS; ++i) {
-                uint row = SCAN_ROW(i / SCAN_COLUMNS), place = own_column(THREAD, i % SCAN_COLUMNS);
-                uint column = GROUP_X * SLICE + place;
-                fresh[row * HELD_PITCH + place] = controls[UNTIL + row] * controls[RATES + row] * sums.v[i];
-                if (row < count && column < width)
-                    errors[((ulong64)(start + row) * heads + head) * width + column] = sums.v[i];
-            }
+            ScanChunk chunk = scanned_chunk<false>(HERE normed, coupling, start, count, key_heads, heads);
+            ScanSums values = scan_values(HERE head_rows(v, v_pitch, start, count, width, head));
+            scan_chunk<false>(
+                HERE chunk, values, has_before, controls, held, fresh, tile, errors, start, heads, width);
             if (has_state || start + CHUNK < behind)
-                learn(HERE keys, keys_slab, controls[SINCE + count - 1], fresh, tile, held);
+                learn(HERE chunk.keys, chunk.keys_slab, controls[SINCE + count - 1], fresh, tile, held);
         }
         if (has_state && behind > document) store_held(HERE held, width, state + head * elements);
     }
@@ -688,35 +718,23 @@ KERNEL(delta_scan_back)(GIVEN_POSITION
          document = (uint)marks[tokens + document]) {
         uint length = marks[document] < 0 ? 0 : document_length(marks, tokens, document);
         uint chunks = (length + CHUNK - 1) / CHUNK;
-        for (uint chunk = chunks; chunk-- > 0;) {
-            uint start = document + chunk * CHUNK;
-            bool has_behind = chunk + 1 < chunks;
+        for (uint index = chunks; index-- > 0;) {
+            uint start = document + index * CHUNK;
+            bool has_behind = index + 1 < chunks;
             stage_controls(HERE gates, spans, marks, tokens, heads, start, controls);
             if (!has_behind) load_held(HERE slopes, false, width, held);
             else store_held(HERE held, width, slopes + ((ulong64)(start / CHUNK + 1) * heads + head) * elements);
             uint count = (uint)controls[COUNT];
-            Rows<float> keys = key_rows(normed, start, count, key_heads, heads, head);
-            Rows<float> queries = key_rows(normed, (ulong64)tokens + start, count, key_heads, heads, head);
-            Rows<float> own = {coupling + ((ulong64)start * heads + head) * CHUNK, (ulong64)heads * CHUNK, count, CHUNK};
-            ScanSlab keys_slab = fetch<CHUNK, SCAN_STEP>(HERE keys, 0, 0);
-            ScanSlab own_slab = fetch_coupling<true>(HERE own, 0);
+            ScanChunk chunk = scanned_chunk<true>(HERE normed, coupling, start, count, key_heads, heads);
             Rows<float> direct = head_rows((const GLOBAL float*)recalled, (ulong64)heads * width, start, count, width, head);
-            ScanSums sums = {}, values = scan_values(HERE direct);
+            ScanSums values = scan_values(HERE direct);
             ScanSums asked = scan_values(HERE head_rows(d_out, d_pitch, start, count, width, head));
-            if (has_behind) sums = recall(HERE keys, keys_slab, held, tile);
-            UNROLL for (uint i = 0; i < 2 * SCAN_COLUMNS; ++i)
-                sums.v[i] = values.v[i] + controls[UNTIL + SCAN_ROW(i / SCAN_COLUMNS)] * sums.v[i];
-            uncouple<true>(HERE own, own_slab, controls, fresh, tile, sums);
-            UNROLL for (uint i = 0; i < 2 * SCAN_COLUMNS; ++i) {
-                uint row = SCAN_ROW(i / SCAN_COLUMNS), place = own_column(THREAD, i % SCAN_COLUMNS);
-                uint column = GROUP_X * SLICE + place;
-                fresh[row * HELD_PITCH + place] = -controls[SINCE + row] * controls[RATES + row] * sums.v[i];
-                if (row < count && column < width)
-                    recalled[((ulong64)(start + row) * heads + head) * width + column] = sums.v[i];
-            }
-            if (chunk == 0) continue;
+            scan_chunk<true>(
+                HERE chunk, values, has_behind, controls, held, fresh, tile, recalled, start, heads, width);
+            if (index == 0) continue;
+            Rows<float> queries = key_rows(normed, (ulong64)tokens + start, count, key_heads, heads, head);
             ScanSlab queries_slab = fetch<CHUNK, SCAN_STEP>(HERE queries, 0, 0);
-            learn(HERE keys, keys_slab, controls[SINCE + count - 1], fresh, tile, held);
+            learn(HERE chunk.keys, chunk.keys_slab, controls[SINCE + count - 1], fresh, tile, held);
             UNROLL for (uint i = 0; i < 2 * SCAN_COLUMNS; ++i) {
                 uint row = SCAN_ROW(i / SCAN_COLUMNS), place = own_column(THREAD, i % SCAN_COLUMNS);
                 fresh[row * HELD_PITCH + place] = controls[SINCE + row] * asked.v[i];
