@@ -3,7 +3,7 @@
 //! Written from the published formulas; nothing here knows how a kernel works. Gradients are not written down:
 //! tests take finite differences of these functions.
 
-use crate::device::{AttentionParameters, GateActivation, NormWeight, RopePairing, Segment};
+use crate::device::{AttentionParameters, GateActivation, MaskKind, NormWeight, RopePairing, Segment};
 
 fn dot(left: &[f64], right: &[f64]) -> f64 {
     left.iter().zip(right).map(|(left, right)| left * right).sum()
@@ -104,16 +104,16 @@ pub(crate) fn rope(
     y
 }
 
-fn is_visible(parameters: &AttentionParameters, position: usize, key: usize) -> bool {
-    let causal = !parameters.causal || key <= position;
-    let near = parameters.window.is_none_or(|window| key > position || position - key < window);
-    let same_chunk = parameters.chunk.is_none_or(|chunk| key / chunk == position / chunk);
+fn is_visible(kind: MaskKind, position: usize, key: usize) -> bool {
+    let causal = kind.sees_ahead || key <= position;
+    let near = kind.window.is_none_or(|window| key > position || position - key < window);
+    let same_chunk = kind.chunk.is_none_or(|chunk| key / chunk == position / chunk);
     causal && near && same_chunk
 }
 
 /// The keys of each query, by rows of tensors: of those that it sees the best `count`, the first of equal ones.
 pub(crate) fn best_keys(
-    parameters: &AttentionParameters,
+    kind: MaskKind,
     segments: &[Segment],
     [q, k, weights]: [&[f64]; 3],
     [tokens, heads, count]: [usize; 3],
@@ -131,7 +131,7 @@ pub(crate) fn best_keys(
                 };
                 (0..heads).map(head).sum()
             };
-            let seen = (0..segment.key_length).filter(|&key| is_visible(parameters, position, key));
+            let seen = (0..segment.key_length).filter(|&key| is_visible(kind, position, key));
             let mut scores: Vec<(usize, f64)> =
                 seen.map(|key| segment.key_start + key).map(|key| (key, score(key))).collect();
             scores.sort_by(|a, b| b.1.total_cmp(&a.1));
@@ -145,15 +145,17 @@ pub(crate) fn best_keys(
 /// Attention of every segment on its own; an empty `sinks` is absent. Queries are the last positions of the keys.
 pub(crate) fn attention(
     parameters: &AttentionParameters,
+    kind: MaskKind,
     segments: &[Segment],
     inputs: [&[f64]; 4],
 ) -> Vec<f64> {
-    attention_where(parameters, segments, inputs, &|_, _| true)
+    attention_where(parameters, kind, segments, inputs, &|_, _| true)
 }
 
 /// [`attention`] to those keys alone that `looks` names, by rows of queries and of keys.
 pub(crate) fn attention_where(
     parameters: &AttentionParameters,
+    kind: MaskKind,
     segments: &[Segment],
     [q, k, v, sinks]: [&[f64]; 4],
     looks: &dyn Fn(usize, usize) -> bool,
@@ -167,7 +169,7 @@ pub(crate) fn attention_where(
             let row = (segment.query_start + query) * heads + head;
             let key_row = |key: usize| (segment.key_start + key) * groups + head * groups / heads;
             let scores: Vec<(usize, f64)> = (0..segment.key_length)
-                .filter(|&key| is_visible(parameters, position, key))
+                .filter(|&key| is_visible(kind, position, key))
                 .filter(|&key| looks(segment.query_start + query, segment.key_start + key))
                 .map(|key| {
                     let product = dot(&q[row * width..][..width], &k[key_row(key) * width..][..width]);

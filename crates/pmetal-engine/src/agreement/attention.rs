@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::{Inputs, numbers};
-use crate::device::{AttentionMask, AttentionParameters, KeyChoice, Segment};
+use crate::device::{AttentionMask, AttentionParameters, KeyChoice, MaskKind, Segment};
 use crate::error::Result;
 use crate::memory::Category;
 use crate::{DType, Tensor, ops};
@@ -16,9 +16,6 @@ pub(super) const PLAIN: AttentionParameters = AttentionParameters {
     value_width: 7,
     scale: 0.8,
     softcap: None,
-    window: None,
-    chunk: None,
-    causal: true,
 };
 
 /// Two documents and a row of none.
@@ -36,9 +33,18 @@ const TOKENS: usize = 11;
 /// The row of no document.
 const LONE: usize = 6;
 
+fn mask(inputs: &Inputs<'_>, kind: MaskKind) -> Result<AttentionMask> {
+    AttentionMask::new(inputs.device, kind, segments(), [TOKENS; 2])
+}
+
 /// Attention forward and backward.
-pub(super) fn attend(inputs: &Inputs<'_>, p: &AttentionParameters, has_sinks: bool) -> Result<Vec<Tensor>> {
-    attend_with(inputs, p, has_sinks, &AttentionMask::new(inputs.device, p, segments(), [TOKENS; 2])?)
+pub(super) fn attend(
+    inputs: &Inputs<'_>,
+    p: &AttentionParameters,
+    kind: MaskKind,
+    has_sinks: bool,
+) -> Result<Vec<Tensor>> {
+    attend_with(inputs, p, has_sinks, &mask(inputs, kind)?)
 }
 
 fn attend_with(
@@ -72,15 +78,18 @@ fn attend_with(
 }
 
 /// Attention to keys that are given, of which some queries have none.
-pub(super) fn attend_chosen(inputs: &Inputs<'_>, p: &AttentionParameters) -> Result<Vec<Tensor>> {
-    attend_with(inputs, p, true, &chosen(inputs, p)?)
+pub(super) fn attend_chosen(
+    inputs: &Inputs<'_>,
+    p: &AttentionParameters,
+    kind: MaskKind,
+) -> Result<Vec<Tensor>> {
+    attend_with(inputs, p, true, &chosen(inputs, kind)?)
 }
 
-fn chosen(inputs: &Inputs<'_>, p: &AttentionParameters) -> Result<AttentionMask> {
-    let mask = AttentionMask::new(inputs.device, p, segments(), [TOKENS; 2])?;
+fn chosen(inputs: &Inputs<'_>, kind: MaskKind) -> Result<AttentionMask> {
     let words: Vec<u32> = (0..TOKENS as u32).map(|query| 0x5b6d_3590 ^ (query * 0x1357)).collect();
     let bits = Tensor::from_slice(inputs.device, Category::Workspace, &[TOKENS, 1], &words)?;
-    mask.with_choice(&KeyChoice { bits, tokens: [TOKENS; 2] })
+    mask(inputs, kind)?.with_choice(&KeyChoice { bits, tokens: [TOKENS; 2] })
 }
 
 /// Attention forward of heads that share one key head of a great width, to all keys or those that are given.
@@ -93,7 +102,8 @@ pub(super) fn attend_wide(inputs: &Inputs<'_>, p: &AttentionParameters) -> Resul
     let v = inputs.tensor(3, &[TOKENS, 1, p.value_width])?;
     let sinks = inputs.floats(4, &[p.query_heads])?;
     let mut results = Vec::new();
-    for mask in [AttentionMask::new(inputs.device, p, segments(), [TOKENS; 2])?, chosen(inputs, p)?] {
+    let kind = MaskKind::default();
+    for mask in [mask(inputs, kind)?, chosen(inputs, kind)?] {
         let mut out = inputs.empty(&[TOKENS, p.query_heads, p.value_width])?;
         let mut logs = inputs.floats(5, &[TOKENS, p.query_heads])?;
         inputs.device.kernels().attention(p, &mask, &q, &k, &v, Some(&sinks), &mut out, &mut logs);
@@ -106,10 +116,10 @@ pub(super) fn attend_wide(inputs: &Inputs<'_>, p: &AttentionParameters) -> Resul
 /// Whether each key is chosen by each query, as zeros and ones: `count` keys by `heads` heads of a width.
 pub(super) fn choice(
     inputs: &Inputs<'_>,
-    p: &AttentionParameters,
+    kind: MaskKind,
     [heads, width, count]: [usize; 3],
 ) -> Result<Vec<Tensor>> {
-    let mask = AttentionMask::new(inputs.device, p, segments(), [TOKENS; 2])?;
+    let mask = mask(inputs, kind)?;
     // Small whole numbers, whose sums are exact in any order, so that all devices choose alike and meet equal scores.
     let whole = |dtype: DType, seed: u64, shape: &[usize]| {
         let values = numbers(seed, shape.iter().product());
@@ -119,7 +129,7 @@ pub(super) fn choice(
     let q = whole(inputs.dtype, 9, &[TOKENS, heads, width])?;
     let k = whole(inputs.dtype, 10, &[TOKENS, width])?;
     let weights = whole(DType::F32, 11, &[TOKENS, heads])?;
-    let choice = ops::choose_keys(p, &mask, [&q, &k, &weights], count)?;
+    let choice = ops::choose_keys(&mask, [&q, &k, &weights], count)?;
     let (words, row) = (choice.bits().to_vec::<u32>()?, choice.bits().columns());
     let bit = |query: usize, key: usize| (words[query * row + key / 32] >> (key % 32) & 1) as f32;
     let bits: Vec<f32> = (0..TOKENS * TOKENS).map(|index| bit(index / TOKENS, index % TOKENS)).collect();

@@ -21,7 +21,7 @@ use std::cell::RefCell;
 use half::{bf16, f16};
 
 use crate::device::cpu::simd::reference_pool;
-use crate::device::{CrossEntropyParameters, GateActivation, NormWeight, RopePairing};
+use crate::device::{CrossEntropyParameters, GateActivation, MaskKind, NormWeight, RopePairing};
 use crate::error::{Error, Result};
 use crate::memory::Category;
 use crate::{DType, Device, Tensor};
@@ -100,13 +100,14 @@ fn groups() -> [Group; 20] {
                 value_width: width,
                 ..attention::PLAIN
             };
-            let mut all = attention::attend(inputs, &parameters, true)?;
-            all.extend(attention::attend_chosen(inputs, &parameters)?);
+            let kind = MaskKind::default();
+            let mut all = attention::attend(inputs, &parameters, kind, true)?;
+            all.extend(attention::attend_chosen(inputs, &parameters, kind)?);
             all.extend(attention::attend_wide(inputs, &parameters)?);
             Ok(all)
         }),
         ("choice of keys", |inputs| {
-            attention::choice(inputs, &attention::PLAIN, [3, inputs.width(7, 64), 3])
+            attention::choice(inputs, MaskKind::default(), [3, inputs.width(7, 64), 3])
         }),
         ("activations", |inputs| {
             let width = inputs.width(100, 64);

@@ -3,7 +3,7 @@
 
 use super::*;
 use crate::device::gpu::emulator::PLANTED;
-use crate::device::{AdamWParameters, AttentionParameters, PairedGate, Sum};
+use crate::device::{AdamWParameters, AttentionParameters, MaskKind, PairedGate, Sum};
 use crate::testing::{emulator, on_every_device};
 
 on_every_device! {
@@ -218,19 +218,22 @@ fn random_numbers_and_dropped_elements_agree(device: &Device) {
     });
 }
 
-fn attention_agrees(device: &Device, parameters: AttentionParameters, sinks: bool) {
+const CAUSAL: MaskKind = MaskKind { window: None, chunk: None, sees_ahead: false };
+
+fn attention_agrees(device: &Device, parameters: AttentionParameters, kind: MaskKind, sinks: bool) {
     for &dtype in types(device) {
-        check(device, &format!("{parameters:?}, sinks {sinks}"), dtype, &|inputs| {
-            attention::attend(inputs, &parameters, sinks)
+        check(device, &format!("{parameters:?}, {kind:?}, sinks {sinks}"), dtype, &|inputs| {
+            attention::attend(inputs, &parameters, kind, sinks)
         });
     }
 }
 
 fn groups_of_heads_agree(device: &Device) {
-    attention_agrees(device, attention::PLAIN, false);
+    attention_agrees(device, attention::PLAIN, CAUSAL, false);
     attention_agrees(
         device,
         AttentionParameters { query_heads: 1, key_value_heads: 1, ..attention::PLAIN },
+        CAUSAL,
         true,
     );
 }
@@ -238,21 +241,22 @@ fn groups_of_heads_agree(device: &Device) {
 fn windows_and_sinks_agree(device: &Device) {
     attention_agrees(
         device,
-        AttentionParameters { window: Some(3), value_width: 12, ..attention::PLAIN },
+        AttentionParameters { value_width: 12, ..attention::PLAIN },
+        MaskKind { window: Some(3), ..CAUSAL },
         true,
     );
 }
 
 fn caps_and_wide_heads_agree(device: &Device) {
     let wide = AttentionParameters { key_width: 64, value_width: 100, scale: 0.3, ..attention::PLAIN };
-    attention_agrees(device, AttentionParameters { softcap: Some(0.7), ..wide }, false);
+    attention_agrees(device, AttentionParameters { softcap: Some(0.7), ..wide }, CAUSAL, false);
 }
 
 fn chunks_and_all_keys_agree(device: &Device) {
     let odd = AttentionParameters { query_heads: 3, key_value_heads: 3, ..attention::PLAIN };
-    attention_agrees(device, AttentionParameters { chunk: Some(2), ..odd }, true);
+    attention_agrees(device, odd, MaskKind { chunk: Some(2), ..CAUSAL }, true);
     let few = AttentionParameters { query_heads: 2, key_value_heads: 1, ..attention::PLAIN };
-    attention_agrees(device, AttentionParameters { causal: false, ..few }, false);
+    attention_agrees(device, few, MaskKind { sees_ahead: true, ..CAUSAL }, false);
 }
 
 fn choices_of_experts_agree(device: &Device) {
@@ -297,18 +301,22 @@ fn products_of_experts_agree(device: &Device) {
 fn choices_of_keys_agree(device: &Device) {
     for &dtype in types(device) {
         for sizes in [[1, 1, 1], [2, 33, 2], [4, 64, 4], [5, 100, 6], [3, 12, 99]] {
-            let parameters = AttentionParameters { value_width: 5, ..attention::PLAIN };
             check(device, &format!("choice {sizes:?}"), dtype, &|inputs| {
-                attention::choice(inputs, &parameters, sizes)
+                attention::choice(inputs, CAUSAL, sizes)
             });
         }
         let parameters = AttentionParameters { value_width: 5, ..attention::PLAIN };
-        let work = |inputs: &Inputs<'_>| attention::attend_chosen(inputs, &parameters);
+        let work = |inputs: &Inputs<'_>| attention::attend_chosen(inputs, &parameters, CAUSAL);
         check(device, "attention to chosen keys", dtype, &work);
     }
-    let near = AttentionParameters { window: Some(4), softcap: Some(0.9), ..attention::PLAIN };
-    check(device, "choice in a window", DType::F32, &|inputs| attention::choice(inputs, &near, [3, 8, 2]));
-    check(device, "chosen keys in a window", DType::F32, &|inputs| attention::attend_chosen(inputs, &near));
+    let (capped, near) = (
+        AttentionParameters { softcap: Some(0.9), ..attention::PLAIN },
+        MaskKind { window: Some(4), ..CAUSAL },
+    );
+    check(device, "choice in a window", DType::F32, &|inputs| attention::choice(inputs, near, [3, 8, 2]));
+    check(device, "chosen keys in a window", DType::F32, &|inputs| {
+        attention::attend_chosen(inputs, &capped, near)
+    });
 }
 
 fn losses_agree(device: &Device) {

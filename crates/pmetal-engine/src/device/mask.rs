@@ -2,21 +2,36 @@
 
 use std::sync::Arc;
 
-use super::{AttentionParameters, Device, Segment};
+use super::{Device, Segment};
 use crate::Tensor;
 use crate::error::{Error, Result, expect_shape};
 use crate::memory::Category;
 
-/// What causal masks differ in: layers of one kind share a mask.
+/// What masks of documents differ in: layers of one kind share a mask. The default is causal.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct MaskKind {
-    /// The most keys that a token sees, itself included.
+    /// The most keys that a token sees, itself included and none behind it.
     pub window: Option<usize>,
     /// Keys of a chunk: a token sees those of its own chunk alone.
     pub chunk: Option<usize>,
+    /// Whether a token sees those behind it too, where there is no window.
+    pub sees_ahead: bool,
 }
 
 impl MaskKind {
+    /// Refuses what shows nothing.
+    pub(crate) fn check(&self, device: &Device) -> Result<()> {
+        let refuse = |reason: &str| {
+            let (device, reason) = (device.name(), reason.to_owned());
+            Err(Error::Unsupported { operation: "attention", device, reason })
+        };
+        match (self.window, self.chunk) {
+            (Some(0), _) => refuse("a window of 0 keys sees nothing"),
+            (_, Some(0)) => refuse("chunks of 0 keys see nothing"),
+            _ => Ok(()),
+        }
+    }
+
     /// The first key that the token at a position sees.
     pub fn first_key(&self, position: usize) -> usize {
         let near = self.window.map_or(0, |window| (position + 1).saturating_sub(window));
@@ -40,6 +55,7 @@ impl MaskKind {
 /// Which keys each query sees: made once for all layers of a batch that have the same kind of mask.
 #[derive(Debug, Clone)]
 pub struct AttentionMask {
+    pub(crate) kind: MaskKind,
     pub(crate) segments: Arc<[Segment]>,
     /// The same for devices: i32, first key and end of each query, then first query and end of each key.
     pub(crate) ranges: Option<[Tensor; 4]>,
@@ -66,24 +82,26 @@ impl AttentionMask {
     /// The mask of documents that lie in `tokens` = \[queries, keys\] rows.
     ///
     /// # Errors
-    /// [`crate::Error::Range`] for a segment that is not within the rows; out of memory.
+    /// [`Error::Range`] for a segment that is not within the rows; [`Error::Unsupported`] for a window or chunks of no key;
+    /// out of memory.
     pub fn new(
         device: &Device,
-        parameters: &AttentionParameters,
+        kind: MaskKind,
         segments: Arc<[Segment]>,
         tokens: [usize; 2],
     ) -> Result<Self> {
+        kind.check(device)?;
         check(&segments, tokens)?;
         let ranges = if device.is_host() {
             None
         } else {
-            let [key, query] = visible_ranges(parameters, &segments, tokens);
+            let [key, query] = visible_ranges(kind, &segments, tokens);
             let upload =
                 |values: Vec<i32>| Tensor::from_slice(device, Category::Workspace, &[values.len()], &values);
             let ([key_start, key_end], [query_start, query_end]) = (key, query);
             Some([upload(key_start)?, upload(key_end)?, upload(query_start)?, upload(query_end)?])
         };
-        Ok(Self { segments, ranges, tokens, choice: None })
+        Ok(Self { kind, segments, ranges, tokens, choice: None })
     }
 
     /// A mask that hides, of what this one shows, all keys that were not chosen.
@@ -98,11 +116,11 @@ impl AttentionMask {
     /// Replaces the documents, in the same memory; a choice among the keys of others is given up.
     ///
     /// # Errors
-    /// As [`Self::new`].
-    pub fn set(&mut self, parameters: &AttentionParameters, segments: Arc<[Segment]>) -> Result<()> {
+    /// [`Error::Range`] for a segment that is not within the rows.
+    pub fn set(&mut self, segments: Arc<[Segment]>) -> Result<()> {
         check(&segments, self.tokens)?;
         if let Some(tensors) = &mut self.ranges {
-            let ranges = visible_ranges(parameters, &segments, self.tokens);
+            let ranges = visible_ranges(self.kind, &segments, self.tokens);
             for (tensor, values) in tensors.iter_mut().zip(ranges.iter().flatten()) {
                 tensor.write_bytes(bytemuck::cast_slice(values));
             }
@@ -141,11 +159,7 @@ fn check(segments: &[Segment], [tokens, keys]: [usize; 2]) -> Result<()> {
 
 /// First and end of the keys that each query sees, and of the queries that see each key; all grow with the row. Rows of
 /// no segment have empty ranges.
-pub(crate) fn visible_ranges(
-    parameters: &AttentionParameters,
-    segments: &[Segment],
-    [tokens, keys]: [usize; 2],
-) -> [[Vec<i32>; 2]; 2] {
+fn visible_ranges(kind: MaskKind, segments: &[Segment], [tokens, keys]: [usize; 2]) -> [[Vec<i32>; 2]; 2] {
     let mut by_query = [Vec::with_capacity(tokens), Vec::with_capacity(tokens)];
     let mut by_key = [Vec::with_capacity(keys), Vec::with_capacity(keys)];
     let fill = |ranges: &mut [Vec<i32>; 2], rows: usize| {
@@ -155,8 +169,7 @@ pub(crate) fn visible_ranges(
     for segment in segments {
         fill(&mut by_query, segment.query_start);
         fill(&mut by_key, segment.key_start);
-        let visible: Vec<_> =
-            (0..segment.query_length).map(|query| segment.visible(parameters, query)).collect();
+        let visible: Vec<_> = (0..segment.query_length).map(|query| segment.visible(kind, query)).collect();
         for keys in &visible {
             by_query[0].push((segment.key_start + keys.start) as i32);
             by_query[1].push((segment.key_start + keys.end) as i32);
@@ -192,11 +205,11 @@ mod tests {
             (&[segment(1, 3, 3), segment(6, 2, 2)], [9, 9]),
             (&[Segment { query_start: 0, query_length: 2, key_start: 0, key_length: 8 }], [2, 8]),
         ];
-        for causal in [true, false] {
+        for sees_ahead in [false, true] {
             for (window, chunk) in [(None, None), (Some(3), None), (None, Some(2)), (Some(2), Some(4))] {
-                let parameters = parameters(window, chunk, causal);
+                let kind = MaskKind { window, chunk, sees_ahead };
                 for (segments, tokens) in cases {
-                    assert_same(&parameters, segments, tokens);
+                    assert_same(kind, segments, tokens);
                 }
             }
         }
@@ -206,18 +219,18 @@ mod tests {
     fn a_kind_of_mask_shows_what_attention_sees() {
         let sizes = [None, Some(1), Some(3), Some(8), Some(usize::MAX)];
         for (window, chunk) in sizes.into_iter().flat_map(|w| sizes.into_iter().map(move |c| (w, c))) {
-            let (kind, parameters) = (MaskKind { window, chunk }, parameters(window, chunk, true));
+            let kind = MaskKind { window, chunk, sees_ahead: false };
             for position in 0..30 {
                 let keys =
                     Segment { query_start: 0, query_length: 1, key_start: 0, key_length: position + 1 };
-                let visible = keys.visible(&parameters, 0);
+                let visible = keys.visible(kind, 0);
                 assert_eq!(visible, kind.first_key(position)..position + 1, "{kind:?} at {position}");
                 let first = kind.first_kept(position);
                 assert!(kind.reach().is_none_or(|reach| position - first <= reach), "{kind:?} at {position}");
                 for later in position..position + 20 {
                     let key_length = later + 1 - first;
                     let kept = Segment { query_start: 0, query_length: 1, key_start: 0, key_length };
-                    let seen = kept.visible(&parameters, 0);
+                    let seen = kept.visible(kind, 0);
                     let seen = seen.start + first..seen.end + first;
                     assert_eq!(seen, kind.first_key(later)..later + 1, "{kind:?} at {later} of {first}");
                 }
@@ -225,22 +238,8 @@ mod tests {
         }
     }
 
-    fn parameters(window: Option<usize>, chunk: Option<usize>, causal: bool) -> AttentionParameters {
-        AttentionParameters {
-            query_heads: 1,
-            key_value_heads: 1,
-            key_width: 1,
-            value_width: 1,
-            scale: 1.0,
-            softcap: None,
-            window,
-            chunk,
-            causal,
-        }
-    }
-
-    fn assert_same(parameters: &AttentionParameters, segments: &[Segment], tokens: [usize; 2]) {
-        let [by_query, by_key] = visible_ranges(parameters, segments, tokens);
+    fn assert_same(kind: MaskKind, segments: &[Segment], tokens: [usize; 2]) {
+        let [by_query, by_key] = visible_ranges(kind, segments, tokens);
         assert_eq!([by_query[0].len(), by_key[1].len()], tokens);
         for ranges in by_query.iter().chain(&by_key) {
             assert!(ranges.is_sorted(), "{ranges:?}");
@@ -252,12 +251,12 @@ mod tests {
                         && query < segment.query_start + segment.query_length
                         && key >= segment.key_start
                         && segment
-                            .visible(parameters, query - segment.query_start)
+                            .visible(kind, query - segment.query_start)
                             .contains(&(key - segment.key_start))
                 });
                 let (key_row, query_row) = (key as i32, query as i32);
                 let said = (*start..*end).contains(&key_row);
-                assert_eq!(said, sees, "query {query}, key {key}, {parameters:?}, {segments:?}");
+                assert_eq!(said, sees, "query {query}, key {key}, {kind:?}, {segments:?}");
                 let within = (by_key[0][key]..by_key[1][key]).contains(&query_row);
                 assert!(within || !sees, "key {key} is seen by query {query}: {by_key:?}");
             }

@@ -589,7 +589,6 @@ pub trait Kernels: Send + Sync {
     /// Out of memory.
     fn choose_keys(
         &self,
-        parameters: &AttentionParameters,
         mask: &AttentionMask,
         inputs: [&Tensor; 3],
         count: usize,

@@ -1,13 +1,12 @@
 //! Which keys a query looks at (DeepSeek-V3.2: the lightning indexer).
 
-use crate::device::{AttentionMask, AttentionParameters, KeyChoice};
+use crate::device::{AttentionMask, KeyChoice};
 use crate::error::{Error, Result, expect_dtype, expect_shape};
 use crate::memory::Category;
 use crate::{DType, Tensor};
 
 /// For each query the `count` keys of the highest scores, the first of equal ones, or all keys where it sees no more:
-/// `score[t, s] = sum_h weights[t, h] max(q[t, h] . k[s], 0)` in f32 over the keys that the mask shows to attention with
-/// these parameters; q \[T, H, E\], k \[Tk, E\], weights f32 \[T, H\]. What is no number counts as the lowest score.
+/// `score[t, s] = sum_h weights[t, h] max(q[t, h] . k[s], 0)` in f32 over the keys that the mask shows; q \[T, H, E\], k \[Tk, E\], weights f32 \[T, H\]. What is no number counts as the lowest score.
 ///
 /// Give it to attention by [`AttentionMask::with_choice`]. Without a gradient. Shapes depend on those of the inputs alone
 /// and nothing is read back, so that a device can record it. Cost: 2 H E flops for each visible pair, T Tk / 8 bytes that
@@ -16,12 +15,7 @@ use crate::{DType, Tensor};
 /// # Errors
 /// [`Error::Shape`] or [`Error::DType`] for inputs that do not belong together or to the mask; [`Error::Unsupported`]
 /// for a choice of no key; out of memory.
-pub fn choose_keys(
-    parameters: &AttentionParameters,
-    mask: &AttentionMask,
-    [q, k, weights]: [&Tensor; 3],
-    count: usize,
-) -> Result<KeyChoice> {
+pub fn choose_keys(mask: &AttentionMask, [q, k, weights]: [&Tensor; 3], count: usize) -> Result<KeyChoice> {
     let [tokens, keys] = mask.tokens;
     let &[_, heads, width] = q.shape() else {
         let (actual, expected) = (q.shape().to_vec(), vec![tokens, 0, 0]);
@@ -40,7 +34,7 @@ pub fn choose_keys(
     let shape = [tokens, keys.div_ceil(32)];
     let mut bits = Tensor::scratch(device, Category::Activations, DType::U32, &shape)?;
     if bits.elements() > 0 {
-        device.kernels().choose_keys(parameters, mask, [q, k, weights], count, &mut bits)?;
+        device.kernels().choose_keys(mask, [q, k, weights], count, &mut bits)?;
     }
     Ok(KeyChoice { bits, tokens: mask.tokens })
 }

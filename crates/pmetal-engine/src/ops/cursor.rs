@@ -38,12 +38,13 @@ impl Cursor {
     /// A cursor for a text whose layers have these kinds of causal masks.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] on a CPU; out of memory.
+    /// [`Error::Unsupported`] on a CPU, and for a window or chunks of no key; out of memory.
     pub fn new(device: &Device, kinds: &[MaskKind]) -> Result<Self> {
         if device.is_host() {
             let reason = "steps are computed by the host".to_owned();
             return Err(Error::Unsupported { operation: "cursor", device: device.name(), reason });
         }
+        kinds.iter().try_for_each(|kind| kind.check(device))?;
         let zeros = |dtype, count| Tensor::zeros(device, Category::Workspace, dtype, &[count]);
         let size = |keys: Option<usize>| keys.map_or(0, |keys| u32::try_from(keys).unwrap_or(u32::MAX));
         let limits: Vec<u32> = kinds.iter().flat_map(|kind| [size(kind.window), size(kind.chunk)]).collect();
@@ -130,6 +131,7 @@ impl Cursor {
         let (begin, end) = (one(2 * kind)?, one(2 * kind + 1)?);
         let segment = Segment { query_start: 0, query_length: 1, key_start: 0, key_length: rows };
         Ok(AttentionMask {
+            kind: self.kinds[kind],
             segments: [segment].into(),
             // Nobody reads which queries see a key in a forward pass.
             ranges: Some([begin.clone(), end.clone(), begin, end]),

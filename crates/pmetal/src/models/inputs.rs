@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use pmetal_engine::device::{AttentionMask, AttentionParameters, Documents, MaskKind, Segment};
+use pmetal_engine::device::{AttentionMask, Documents, MaskKind, Segment};
 use pmetal_engine::ops::{self, Cursor, RopeTable, Targets};
 use pmetal_engine::{Category, Tensor};
 
@@ -88,8 +88,7 @@ impl Decoder {
         let kinds = self.spec.mask_kinds();
         let held = cache.map_or_else(|| vec![0; kinds.len()], |cache| cache.held().collect());
         let seen = kinds.into_iter().zip(held).map(|(kind, held)| {
-            let (parameters, segments) = (mask_parameters(kind), segments_of(run, held));
-            let mask = AttentionMask::new(&self.device, &parameters, segments, [rows, held + rows])?;
+            let mask = AttentionMask::new(&self.device, kind, segments_of(run, held), [rows, held + rows])?;
             Ok(Seen { kind, mask, row: None })
         });
         let seen = seen.collect::<Result<_>>()?;
@@ -166,7 +165,7 @@ impl Decoder {
             documents.set(&segments)?;
         }
         for seen in &mut inputs.seen {
-            seen.mask.set(&mask_parameters(seen.kind), Arc::clone(&segments))?;
+            seen.mask.set(Arc::clone(&segments))?;
         }
         inputs.tokens = run.ids.len();
         Ok(true)
@@ -245,21 +244,6 @@ fn padded_rows(positions: &[Positions], rows: usize) -> Vec<u32> {
     let mut all: Vec<u32> = each.map(|position| position as u32).collect();
     all.resize(rows, 0);
     all
-}
-
-/// What masks are made from; they know no heads.
-fn mask_parameters(kind: MaskKind) -> AttentionParameters {
-    AttentionParameters {
-        query_heads: 1,
-        key_value_heads: 1,
-        key_width: 1,
-        value_width: 1,
-        scale: 1.0,
-        softcap: None,
-        window: kind.window,
-        chunk: kind.chunk,
-        causal: true,
-    }
 }
 
 fn segments_of(run: &TokenRun, held: usize) -> Arc<[Segment]> {

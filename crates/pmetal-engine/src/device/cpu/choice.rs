@@ -7,7 +7,7 @@ use rayon::prelude::*;
 use super::simd::multiversion;
 use super::{elements, gemm};
 use crate::Tensor;
-use crate::device::{Arithmetic, AttentionParameters, Segment};
+use crate::device::{Arithmetic, AttentionMask};
 
 /// Queries whose scores are held at a time.
 const ROWS: usize = 16;
@@ -44,20 +44,14 @@ fn choose(scores: &[f32], first_key: usize, count: usize, words: &mut [u32]) {
 }
 
 /// See [`crate::device::Kernels::choose_keys`].
-pub(super) fn choose_keys(
-    parameters: &AttentionParameters,
-    segments: &[Segment],
-    inputs: [&Tensor; 3],
-    count: usize,
-    bits: &mut Tensor,
-) {
+pub(super) fn choose_keys(mask: &AttentionMask, inputs: [&Tensor; 3], count: usize, bits: &mut Tensor) {
     let words = bits.columns();
     let bits = bits.as_mut_slice::<u32>();
     bits.fill(0);
-    for segment in segments {
+    for segment in mask.segments() {
         for first in (0..segment.query_length).step_by(ROWS) {
             let queries = first..segment.query_length.min(first + ROWS);
-            let visible: Vec<_> = queries.clone().map(|query| segment.visible(parameters, query)).collect();
+            let visible: Vec<_> = queries.clone().map(|query| segment.visible(mask.kind, query)).collect();
             // Both ends grow with the query.
             let seen = visible[0].start..visible[visible.len() - 1].end;
             let tokens = segment.query_start + queries.start..segment.query_start + queries.end;

@@ -61,6 +61,7 @@ fn attention_inputs<'a>(
 ) -> attention::Inputs<'a> {
     attention::Inputs {
         parameters,
+        kind: mask.kind,
         segments: mask.segments(),
         q: elements(q),
         k: elements(k),
@@ -186,13 +187,12 @@ impl Kernels for Cpu {
 
     fn choose_keys(
         &self,
-        parameters: &AttentionParameters,
         mask: &AttentionMask,
         inputs: [&Tensor; 3],
         count: usize,
         bits: &mut Tensor,
     ) -> Result<()> {
-        choice::choose_keys(parameters, mask.segments(), inputs, count, bits);
+        choice::choose_keys(mask, inputs, count, bits);
         Ok(())
     }
 

@@ -342,7 +342,6 @@ impl Kernels for Gpu {
 
     fn choose_keys(
         &self,
-        _parameters: &AttentionParameters,
         mask: &AttentionMask,
         inputs: [&Tensor; 3],
         count: usize,

@@ -1,7 +1,7 @@
 use std::sync::Arc;
 
 use super::*;
-use crate::device::{AttentionMask, AttentionParameters, Segment};
+use crate::device::{AttentionMask, AttentionParameters, MaskKind, Segment};
 use crate::ops::{Linear, Lora};
 use crate::{ops, reference};
 
@@ -61,12 +61,9 @@ fn queries_of_latent_vectors_see_what_expanded_heads_show(device: &Device) {
             value_width: value,
             scale: 0.1,
             softcap: None,
-            window: None,
-            chunk: None,
-            causal: true,
         };
         let segments = [Segment { query_start: 0, query_length: tokens, key_start: 0, key_length: keys }];
-        let expected = reference::attention(&plain, &segments, [&q, &k, &v, &[]]);
+        let expected = reference::attention(&plain, MaskKind::default(), &segments, [&q, &k, &v, &[]]);
 
         let frozen = |shape: &[usize], values: &[f64]| weight(device, false, dtype, shape, values);
         let adapter = || Lora {
@@ -87,7 +84,8 @@ fn queries_of_latent_vectors_see_what_expanded_heads_show(device: &Device) {
         let held = constant(&[keys, 1, rank + turned], &latents);
         let width = rank + turned;
         let one = AttentionParameters { key_value_heads: 1, key_width: width, value_width: width, ..plain };
-        let mask = AttentionMask::new(device, &one, Arc::new(segments), [tokens, keys]).unwrap();
+        let mask =
+            AttentionMask::new(device, MaskKind::default(), Arc::new(segments), [tokens, keys]).unwrap();
         let out = ops::attention(&tape, &one, &mask, [&q, &held, &held], None).unwrap();
         let out = ops::split_heads(&tape, &out, &[rank, turned]).unwrap();
         let out = ops::expand_results(out[0].tensor(), &layer, [unturned, value]).unwrap();
@@ -105,9 +103,6 @@ fn wide_heads_agree_with_the_reference(device: &Device) {
         value_width: 24,
         scale: 0.05,
         softcap: None,
-        window: None,
-        chunk: None,
-        causal: true,
     };
     let segment = |query_start, query_length, key_start, key_length| Segment {
         query_start,
@@ -118,10 +113,17 @@ fn wide_heads_agree_with_the_reference(device: &Device) {
     // A row of no document, then two documents of which some keys are held from before.
     let segments = [segment(1, 3, 2, 9), segment(4, 2, 11, 70)];
     let (tokens, keys) = (7, 81);
-    for parameters in [
-        wide_one,
-        AttentionParameters { window: Some(5), key_width: 300, value_width: 257, ..wide_one },
-        AttentionParameters { softcap: Some(0.8), chunk: Some(4), value_width: 264, ..wide_one },
+    let causal = MaskKind::default();
+    for (parameters, kind) in [
+        (wide_one, causal),
+        (
+            AttentionParameters { key_width: 300, value_width: 257, ..wide_one },
+            MaskKind { window: Some(5), ..causal },
+        ),
+        (
+            AttentionParameters { softcap: Some(0.8), value_width: 264, ..wide_one },
+            MaskKind { chunk: Some(4), ..causal },
+        ),
     ] {
         for (&dtype, chooses) in types(device).iter().flat_map(|dtype| [(dtype, false), (dtype, true)]) {
             let p = &parameters;
@@ -130,12 +132,12 @@ fn wide_heads_agree_with_the_reference(device: &Device) {
             let v = numbers("v", keys * p.value_width, dtype);
             let sinks = numbers("sinks", p.query_heads, DType::F32);
             let place = |shape: &[usize], values: &[f64]| tensor(device, dtype, shape, values);
-            let mask = AttentionMask::new(device, p, Arc::new(segments), [tokens, keys]).unwrap();
+            let mask = AttentionMask::new(device, kind, Arc::new(segments), [tokens, keys]).unwrap();
             let (mask, chosen) = if chooses {
                 let scores = [place(&[tokens, 1, 4], &numbers("iq", tokens * 4, dtype))];
                 let index_keys = place(&[keys, 4], &numbers("ik", keys * 4, dtype));
                 let weights = tensor(device, DType::F32, &[tokens, 1], &[1.0; 7]);
-                let choice = ops::choose_keys(p, &mask, [&scores[0], &index_keys, &weights], 3).unwrap();
+                let choice = ops::choose_keys(&mask, [&scores[0], &index_keys, &weights], 3).unwrap();
                 let words = choice.bits().to_vec::<u32>().unwrap();
                 (mask.with_choice(&choice).unwrap(), Some((words, choice.bits().columns())))
             } else {
@@ -145,13 +147,13 @@ fn wide_heads_agree_with_the_reference(device: &Device) {
                 let bit = |(words, row): &(Vec<u32>, usize)| words[query * row + key / 32] >> (key % 32) & 1;
                 chosen.as_ref().is_none_or(|chosen| bit(chosen) == 1)
             };
-            let expected = reference::attention_where(p, &segments, [&q, &k, &v, &sinks], &sees);
+            let expected = reference::attention_where(p, kind, &segments, [&q, &k, &v, &sinks], &sees);
             let q = Var::constant(place(&[tokens, p.query_heads, p.key_width], &q));
             let k = Var::constant(place(&[keys, 1, p.key_width], &k));
             let v = Var::constant(place(&[keys, 1, p.value_width], &v));
             let sinks = weight(device, false, DType::F32, &[p.query_heads], &sinks);
             let out = ops::attention(&Tape::off(), p, &mask, [&q, &k, &v], Some(&sinks)).unwrap();
-            let what = format!("{p:?} {dtype} {chooses}");
+            let what = format!("{p:?} {kind:?} {dtype} {chooses}");
             assert_close(&what, &wide(out.tensor()), &expected, 2.0 * tolerance(dtype));
         }
     }

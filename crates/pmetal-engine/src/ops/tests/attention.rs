@@ -1,7 +1,7 @@
 use std::sync::Arc;
 
 use super::*;
-use crate::device::{AttentionMask, AttentionParameters, Segment};
+use crate::device::{AttentionMask, AttentionParameters, MaskKind, Segment};
 use crate::error::Error;
 use crate::{ops, reference};
 
@@ -21,9 +21,6 @@ const PLAIN: AttentionParameters = AttentionParameters {
     value_width: 8,
     scale: 0.6,
     softcap: None,
-    window: None,
-    chunk: None,
-    causal: true,
 };
 
 /// Documents one after another; each is a number of keys, and of queries at its end.
@@ -55,7 +52,7 @@ fn shapes(p: &AttentionParameters, tokens: usize, keys: usize) -> [Vec<usize>; 3
 
 fn run(
     device: &Device,
-    p: &AttentionParameters,
+    (p, kind): (&AttentionParameters, MaskKind),
     segments: &[Segment],
     dtype: DType,
     inputs: &[Vec<f64>],
@@ -74,7 +71,7 @@ fn run(
     let segments: Arc<[Segment]> = segments.into();
     let vars = [&leaves[0], &leaves[1], &leaves[2]];
     let rows = [vars[0].tensor().shape()[0], vars[1].tensor().shape()[0]];
-    let mask = AttentionMask::new(device, p, segments, rows).unwrap();
+    let mask = AttentionMask::new(device, kind, segments, rows).unwrap();
     let y = ops::attention(&tape, p, &mask, vars, sinks.as_ref()).unwrap();
     let d_out = tensor(device, dtype, &[tokens, p.query_heads, p.value_width], d_y);
     let out = wide(y.tensor());
@@ -93,27 +90,39 @@ fn inputs(p: &AttentionParameters, tokens: usize, keys: usize, sinks: bool, dtyp
     inputs
 }
 
-fn check(device: &Device, p: AttentionParameters, lengths: &[(usize, usize)], sinks: bool, dtype: DType) {
-    let what = format!("{p:?} {lengths:?} sinks {sinks} {dtype}");
+fn check(
+    device: &Device,
+    (p, kind, sinks): (AttentionParameters, MaskKind, bool),
+    lengths: &[(usize, usize)],
+    dtype: DType,
+) {
+    let what = format!("{p:?} {kind:?} {lengths:?} sinks {sinks} {dtype}");
     let segments = documents(lengths);
     let (keys, tokens) = lengths.iter().fold((0, 0), |sum, next| (sum.0 + next.0, sum.1 + next.1));
     let inputs = inputs(&p, tokens, keys, sinks, dtype);
     let d_y = numbers("d_y", tokens * p.query_heads * p.value_width, dtype);
     let function = |inputs: &[Vec<f64>]| {
-        reference::attention(&p, &segments, std::array::from_fn(|index| &inputs[index][..]))
+        reference::attention(&p, kind, &segments, std::array::from_fn(|index| &inputs[index][..]))
     };
-    let Run { out, gradients } = run(device, &p, &segments, dtype, &inputs, &d_y);
+    let Run { out, gradients } = run(device, (&p, kind), &segments, dtype, &inputs, &d_y);
     assert_close(&what, &out, &function(&inputs), tolerance(dtype));
     // A gradient is a difference of two products that were rounded.
     let error = 2.0 * tolerance(dtype);
     assert_gradients(&what, &function, &inputs, &d_y, &gradients, error);
 }
 
-fn variants() -> Vec<(AttentionParameters, bool)> {
+/// Kinds of masks: of all keys before a token, of some of them, and of all keys.
+const CAUSAL: MaskKind = MaskKind { window: None, chunk: None, sees_ahead: false };
+
+fn windowed(keys: usize) -> MaskKind {
+    MaskKind { window: Some(keys), ..CAUSAL }
+}
+
+fn variants() -> Vec<(AttentionParameters, MaskKind, bool)> {
     vec![
-        (PLAIN, false),
-        (AttentionParameters { causal: false, ..PLAIN }, false),
-        (AttentionParameters { query_heads: 6, key_value_heads: 2, ..PLAIN }, false),
+        (PLAIN, CAUSAL, false),
+        (PLAIN, MaskKind { sees_ahead: true, ..CAUSAL }, false),
+        (AttentionParameters { query_heads: 6, key_value_heads: 2, ..PLAIN }, CAUSAL, false),
         (
             AttentionParameters {
                 query_heads: 3,
@@ -122,53 +131,49 @@ fn variants() -> Vec<(AttentionParameters, bool)> {
                 value_width: 5,
                 ..PLAIN
             },
+            CAUSAL,
             true,
         ),
-        (AttentionParameters { window: Some(4), ..PLAIN }, false),
-        (AttentionParameters { window: Some(1), ..PLAIN }, true),
-        (AttentionParameters { chunk: Some(5), ..PLAIN }, false),
-        (AttentionParameters { softcap: Some(0.7), scale: 1.3, ..PLAIN }, false),
+        (PLAIN, windowed(4), false),
+        (PLAIN, windowed(1), true),
+        (PLAIN, MaskKind { chunk: Some(5), ..CAUSAL }, false),
+        (AttentionParameters { softcap: Some(0.7), scale: 1.3, ..PLAIN }, CAUSAL, false),
         (
-            AttentionParameters {
-                softcap: Some(1.5),
-                window: Some(20),
-                query_heads: 4,
-                key_width: 17,
-                ..PLAIN
-            },
+            AttentionParameters { softcap: Some(1.5), query_heads: 4, key_width: 17, ..PLAIN },
+            windowed(20),
             true,
         ),
     ]
 }
 
 fn attention_and_its_gradients_agree_with_the_reference(device: &Device) {
-    for (parameters, sinks) in variants() {
+    for variant in variants() {
         for lengths in [&[(1, 1)][..], &[(3, 3)], &[(9, 9), (1, 1), (5, 5)]] {
-            check(device, parameters, lengths, sinks, DType::F32);
+            check(device, variant, lengths, DType::F32);
         }
         for &dtype in types(device) {
-            check(device, parameters, &[(9, 9), (6, 6)], sinks, dtype);
+            check(device, variant, &[(9, 9), (6, 6)], dtype);
         }
     }
 }
 
 fn attention_over_many_tokens_agrees_with_the_reference(device: &Device) {
-    for (index, (parameters, sinks)) in variants().into_iter().enumerate() {
+    for (index, variant) in variants().into_iter().enumerate() {
         let dtype = types(device)[index % types(device).len()];
         let lengths: &[(usize, usize)] = match (is_slow(device), index % 3) {
             (false, 0) => &[(130, 130)],
             (false, _) => &[(65, 65), (20, 20)],
             (true, _) => &[(33, 33), (12, 12)],
         };
-        check(device, parameters, lengths, sinks, dtype);
+        check(device, variant, lengths, dtype);
     }
 }
 
 fn queries_are_the_last_of_their_keys(device: &Device) {
-    for (parameters, sinks) in variants().into_iter().filter(|(parameters, _)| parameters.causal) {
-        check(device, parameters, &[(7, 1)], sinks, DType::F32);
-        check(device, parameters, &[(70, 3), (4, 2)], sinks, DType::F32);
-        check(device, parameters, &[(5, 0), (6, 4)], sinks, DType::F32);
+    for variant in variants().into_iter().filter(|(_, kind, _)| !kind.sees_ahead) {
+        check(device, variant, &[(7, 1)], DType::F32);
+        check(device, variant, &[(70, 3), (4, 2)], DType::F32);
+        check(device, variant, &[(5, 0), (6, 4)], DType::F32);
     }
 }
 
@@ -177,7 +182,7 @@ fn tokens_of_no_segment_get_zeros_and_give_none(device: &Device) {
     for &dtype in types(device) {
         let inputs = inputs(&PLAIN, 7, 7, false, dtype);
         let Run { out, gradients } =
-            run(device, &PLAIN, &segments, dtype, &inputs, &numbers("d_y", 7 * 16, dtype));
+            run(device, (&PLAIN, CAUSAL), &segments, dtype, &inputs, &numbers("d_y", 7 * 16, dtype));
         for values in [out].into_iter().chain(gradients.into_iter().flatten()) {
             assert!(
                 values[..2 * 16].iter().chain(&values[5 * 16..]).all(|&value| value == 0.0),
@@ -190,7 +195,7 @@ fn tokens_of_no_segment_get_zeros_and_give_none(device: &Device) {
 
 fn no_tokens_need_no_attention(device: &Device) {
     let Run { out, gradients } =
-        run(device, &PLAIN, &[], DType::F32, &inputs(&PLAIN, 0, 0, false, DType::F32), &[]);
+        run(device, (&PLAIN, CAUSAL), &[], DType::F32, &inputs(&PLAIN, 0, 0, false, DType::F32), &[]);
     assert!(out.is_empty() && gradients.into_iter().flatten().all(|gradient| gradient.is_empty()));
 }
 
@@ -198,11 +203,11 @@ fn documents_do_not_see_each_other(device: &Device) {
     let lengths = [(6, 6), (4, 4)];
     let inputs = inputs(&PLAIN, 10, 10, false, DType::F32);
     let d_y = numbers("d_y", 160, DType::F32);
-    let together = run(device, &PLAIN, &documents(&lengths), DType::F32, &inputs, &d_y);
+    let together = run(device, (&PLAIN, CAUSAL), &documents(&lengths), DType::F32, &inputs, &d_y);
     let part = |values: &[f64]| values[6 * 16..].to_vec();
     let second: Vec<_> =
         inputs.iter().map(|values| if values.is_empty() { vec![] } else { part(values) }).collect();
-    let alone = run(device, &PLAIN, &documents(&lengths[1..]), DType::F32, &second, &part(&d_y));
+    let alone = run(device, (&PLAIN, CAUSAL), &documents(&lengths[1..]), DType::F32, &second, &part(&d_y));
     assert_close("second document", &part(&together.out), &alone.out, 1e-6);
     for (together, alone) in together.gradients.iter().zip(&alone.gradients).take(3) {
         assert_close("its gradient", &part(together.as_ref().unwrap()), alone.as_ref().unwrap(), 1e-6);
@@ -212,11 +217,17 @@ fn documents_do_not_see_each_other(device: &Device) {
 #[test]
 fn attention_has_the_same_bits_everywhere() {
     assert_same_bits_everywhere("attention", &|| {
-        let parameters = AttentionParameters { query_heads: 4, window: Some(50), ..PLAIN };
+        let parameters = AttentionParameters { query_heads: 4, ..PLAIN };
         let inputs = inputs(&parameters, 140, 140, true, DType::F32);
         let d_y = numbers("d_y", 140 * 4 * 8, DType::F32);
-        let result =
-            run(&Device::cpu(), &parameters, &documents(&[(100, 100), (40, 40)]), DType::F32, &inputs, &d_y);
+        let result = run(
+            &Device::cpu(),
+            (&parameters, windowed(50)),
+            &documents(&[(100, 100), (40, 40)]),
+            DType::F32,
+            &inputs,
+            &d_y,
+        );
         let all = result.gradients.into_iter().flatten().chain([result.out]);
         all.map(|values| values.iter().map(|&value| (value as f32).to_bits()).collect()).collect()
     });
@@ -225,30 +236,32 @@ fn attention_has_the_same_bits_everywhere() {
 #[test]
 fn parameters_and_segments_that_do_not_fit_are_refused() {
     let device = Device::cpu();
-    let attend = |p: AttentionParameters, segment: Segment, k_type: DType, sinks: usize| {
-        let var = |dtype, heads: usize| {
-            Var::constant(tensor(&device, dtype, &[4, heads, 8], &vec![0.0; 4 * heads * 8]))
+    let attend =
+        |(p, kind): (AttentionParameters, MaskKind), segment: Segment, k_type: DType, sinks: usize| {
+            let var = |dtype, heads: usize| {
+                Var::constant(tensor(&device, dtype, &[4, heads, 8], &vec![0.0; 4 * heads * 8]))
+            };
+            let (q, k) = (var(DType::F32, p.query_heads), var(k_type, p.key_value_heads));
+            let sinks = weight(&device, false, DType::F32, &[sinks], &vec![0.0; sinks]);
+            let segments: Arc<[Segment]> = [segment].into();
+            let mask = AttentionMask::new(&device, kind, segments, [4, 4])?;
+            ops::attention(&Tape::off(), &p, &mask, [&q, &k, &k], Some(&sinks)).map(|_| ())
         };
-        let (q, k) = (var(DType::F32, p.query_heads), var(k_type, p.key_value_heads));
-        let sinks = weight(&device, false, DType::F32, &[sinks], &vec![0.0; sinks]);
-        let segments: Arc<[Segment]> = [segment].into();
-        let mask = AttentionMask::new(&device, &p, segments, [4, 4])?;
-        ops::attention(&Tape::off(), &p, &mask, [&q, &k, &k], Some(&sinks)).map(|_| ())
-    };
     let whole = Segment { query_start: 0, query_length: 4, key_start: 0, key_length: 4 };
-    attend(PLAIN, whole, DType::F32, 2).unwrap();
+    let plain = (PLAIN, CAUSAL);
+    attend(plain, whole, DType::F32, 2).unwrap();
     let outcomes = [
-        attend(PLAIN, Segment { query_start: 1, ..whole }, DType::F32, 2),
-        attend(PLAIN, Segment { key_start: usize::MAX, ..whole }, DType::F32, 2),
-        attend(PLAIN, Segment { key_length: 3, ..whole }, DType::F32, 2),
+        attend(plain, Segment { query_start: 1, ..whole }, DType::F32, 2),
+        attend(plain, Segment { key_start: usize::MAX, ..whole }, DType::F32, 2),
+        attend(plain, Segment { key_length: 3, ..whole }, DType::F32, 2),
     ];
     assert!(outcomes.iter().all(|outcome| matches!(outcome, Err(Error::Range { .. }))), "{outcomes:?}");
     let outcomes = [
-        attend(AttentionParameters { query_heads: 3, ..PLAIN }, whole, DType::F32, 3),
-        attend(AttentionParameters { window: Some(0), ..PLAIN }, whole, DType::F32, 2),
-        attend(AttentionParameters { chunk: Some(0), ..PLAIN }, whole, DType::F32, 2),
+        attend((AttentionParameters { query_heads: 3, ..PLAIN }, CAUSAL), whole, DType::F32, 3),
+        attend((PLAIN, windowed(0)), whole, DType::F32, 2),
+        attend((PLAIN, MaskKind { chunk: Some(0), ..CAUSAL }), whole, DType::F32, 2),
     ];
     assert!(outcomes.iter().all(|outcome| matches!(outcome, Err(Error::Unsupported { .. }))), "{outcomes:?}");
-    assert!(matches!(attend(PLAIN, whole, DType::F32, 1), Err(Error::Shape { .. })));
-    assert!(matches!(attend(PLAIN, whole, DType::Bf16, 2), Err(Error::DType { .. })));
+    assert!(matches!(attend(plain, whole, DType::F32, 1), Err(Error::Shape { .. })));
+    assert!(matches!(attend(plain, whole, DType::Bf16, 2), Err(Error::DType { .. })));
 }

@@ -1,7 +1,7 @@
 use std::sync::Arc;
 
 use super::*;
-use crate::device::{AttentionMask, AttentionParameters, KeyChoice, Segment};
+use crate::device::{AttentionMask, AttentionParameters, KeyChoice, MaskKind, Segment};
 use crate::error::Error;
 use crate::{ops, reference};
 
@@ -14,6 +14,8 @@ on_every_device! {
     zeros_of_both_signs_are_equal_and_no_number_is_the_lowest,
 }
 
+const CAUSAL: MaskKind = MaskKind { window: None, chunk: None, sees_ahead: false };
+
 const PLAIN: AttentionParameters = AttentionParameters {
     query_heads: 2,
     key_value_heads: 2,
@@ -21,9 +23,6 @@ const PLAIN: AttentionParameters = AttentionParameters {
     value_width: 5,
     scale: 0.6,
     softcap: None,
-    window: None,
-    chunk: None,
-    causal: true,
 };
 
 /// Documents one after another, each of a number of keys and of queries at its end; then a row of none.
@@ -72,13 +71,13 @@ impl Indexer {
         Self { heads, values, tensors }
     }
 
-    fn choose(&self, p: &AttentionParameters, mask: &AttentionMask, count: usize) -> KeyChoice {
-        ops::choose_keys(p, mask, self.tensors.each_ref(), count).unwrap()
+    fn choose(&self, mask: &AttentionMask, count: usize) -> KeyChoice {
+        ops::choose_keys(mask, self.tensors.each_ref(), count).unwrap()
     }
 
-    fn best(&self, p: &AttentionParameters, segments: &[Segment], count: usize) -> Vec<Vec<(usize, f64)>> {
+    fn best(&self, kind: MaskKind, segments: &[Segment], count: usize) -> Vec<Vec<(usize, f64)>> {
         let sizes = [self.tensors[0].shape()[0], self.heads, count];
-        reference::best_keys(p, segments, self.values.each_ref().map(|values| &values[..]), sizes)
+        reference::best_keys(kind, segments, self.values.each_ref().map(|values| &values[..]), sizes)
     }
 }
 
@@ -89,12 +88,12 @@ fn the_best_keys_are_chosen(device: &Device) {
     for lengths in LENGTHS {
         let (segments, rows) = documents(lengths);
         for (window, count) in [(None, 1), (None, 4), (Some(6), 3), (None, 100)] {
-            let p = AttentionParameters { window, ..PLAIN };
-            let mask = AttentionMask::new(device, &p, Arc::clone(&segments), rows).unwrap();
+            let kind = MaskKind { window, ..CAUSAL };
+            let mask = AttentionMask::new(device, kind, Arc::clone(&segments), rows).unwrap();
             for &dtype in types(device) {
                 let indexer = Indexer::new(device, dtype, rows, [3, 33], |value| value);
-                let chosen = keys_of(&indexer.choose(&p, &mask, count));
-                let all = indexer.best(&p, &segments, usize::MAX);
+                let chosen = keys_of(&indexer.choose(&mask, count));
+                let all = indexer.best(kind, &segments, usize::MAX);
                 for (query, (chosen, all)) in chosen.iter().zip(&all).enumerate() {
                     let what = format!("query {query}, {lengths:?}, {window:?}, {count}, {dtype}");
                     assert_eq!(chosen.len(), count.min(all.len()), "{what}");
@@ -115,11 +114,11 @@ fn the_best_keys_are_chosen(device: &Device) {
 fn of_equal_scores_the_first_keys_are_chosen(device: &Device) {
     for lengths in LENGTHS {
         let (segments, rows) = documents(lengths);
-        let mask = AttentionMask::new(device, &PLAIN, Arc::clone(&segments), rows).unwrap();
+        let mask = AttentionMask::new(device, CAUSAL, Arc::clone(&segments), rows).unwrap();
         for (&dtype, count) in types(device).iter().flat_map(|dtype| [1, 5, 17].map(|count| (dtype, count))) {
             let indexer = Indexer::new(device, dtype, rows, [2, 3], f64::round);
-            let chosen = keys_of(&indexer.choose(&PLAIN, &mask, count));
-            let expected = indexer.best(&PLAIN, &segments, count);
+            let chosen = keys_of(&indexer.choose(&mask, count));
+            let expected = indexer.best(CAUSAL, &segments, count);
             let mut equal = false;
             for (chosen, expected) in chosen.into_iter().zip(expected) {
                 equal |= expected.windows(2).any(|pair| pair[0].1 == pair[1].1);
@@ -134,7 +133,7 @@ fn of_equal_scores_the_first_keys_are_chosen(device: &Device) {
 
 fn zeros_of_both_signs_are_equal_and_no_number_is_the_lowest(device: &Device) {
     let (segments, rows) = documents(&[(6, 1)]);
-    let mask = AttentionMask::new(device, &PLAIN, segments, rows).unwrap();
+    let mask = AttentionMask::new(device, CAUSAL, segments, rows).unwrap();
     let tensor = |shape: &[usize], values: &[f64]| tensor(device, DType::F32, shape, values);
     let q = tensor(&[2, 1, 1], &[1.0, 1.0]);
     let plain = [-1.0, 2.0, -1.0, -1.0, 1.0, -1.0, 9.0];
@@ -153,7 +152,7 @@ fn zeros_of_both_signs_are_equal_and_no_number_is_the_lowest(device: &Device) {
     ] {
         let k = tensor(&[7, 1], &keys);
         let weights = tensor(&[2, 1], &[weight, 0.0]);
-        let choice = ops::choose_keys(&PLAIN, &mask, [&q, &k, &weights], count).unwrap();
+        let choice = ops::choose_keys(&mask, [&q, &k, &weights], count).unwrap();
         assert_eq!(keys_of(&choice), [expected, vec![]], "weight {weight}, {count} keys");
     }
 }
@@ -161,11 +160,11 @@ fn zeros_of_both_signs_are_equal_and_no_number_is_the_lowest(device: &Device) {
 fn many_keys_are_chosen_from(device: &Device) {
     let keys = if is_slow(device) { 9000 } else { 20_000 };
     let (segments, rows) = documents(&[(keys, 2)]);
-    let mask = AttentionMask::new(device, &PLAIN, Arc::clone(&segments), rows).unwrap();
+    let mask = AttentionMask::new(device, CAUSAL, Arc::clone(&segments), rows).unwrap();
     let indexer = Indexer::new(device, DType::F32, rows, [1, 2], |value| (value * 4.0).round());
     for count in [1, 700, keys - 1] {
-        let chosen = keys_of(&indexer.choose(&PLAIN, &mask, count));
-        for (chosen, expected) in chosen.into_iter().zip(indexer.best(&PLAIN, &segments, count)) {
+        let chosen = keys_of(&indexer.choose(&mask, count));
+        for (chosen, expected) in chosen.into_iter().zip(indexer.best(CAUSAL, &segments, count)) {
             let mut expected: Vec<usize> = expected.into_iter().map(|(key, _)| key).collect();
             expected.sort_unstable();
             assert!(chosen == expected, "{count} of {keys} keys");
@@ -214,43 +213,50 @@ fn attention_inputs(p: &AttentionParameters, [tokens, keys]: [usize; 2], dtype: 
 
 fn attention_to_chosen_keys_and_its_gradients_agree_with_the_reference(device: &Device) {
     let wide = AttentionParameters { query_heads: 4, key_width: 24, value_width: 17, ..PLAIN };
-    let capped = AttentionParameters { softcap: Some(0.7), window: Some(9), ..PLAIN };
+    let capped = AttentionParameters { softcap: Some(0.7), ..PLAIN };
     // Heads that kernels on matrix units would take.
     let even = AttentionParameters { key_width: 64, value_width: 64, ..PLAIN };
-    type Case<'a> = (AttentionParameters, &'a [(usize, usize)], usize, DType);
+    let near = MaskKind { window: Some(9), ..CAUSAL };
+    type Case<'a> = (AttentionParameters, MaskKind, &'a [(usize, usize)], usize, DType);
     let cases: [Case<'_>; 9] = [
-        (even, &[(30, 30), (9, 9)], 3, DType::Bf16),
-        (even, &[(60, 1)], 7, DType::Bf16),
-        (PLAIN, &[(1, 1)], 1, DType::F32),
-        (PLAIN, &[(9, 9), (12, 12)], 1, DType::F32),
-        (wide, &[(13, 13), (1, 1), (20, 20)], 3, DType::F32),
-        (capped, &[(19, 19), (6, 6)], 4, DType::F32),
-        (wide, &[(7, 7)], 50, DType::Bf16),
-        (wide, &[(37, 37), (11, 11)], 5, DType::Bf16),
+        (even, CAUSAL, &[(30, 30), (9, 9)], 3, DType::Bf16),
+        (even, CAUSAL, &[(60, 1)], 7, DType::Bf16),
+        (PLAIN, CAUSAL, &[(1, 1)], 1, DType::F32),
+        (PLAIN, CAUSAL, &[(9, 9), (12, 12)], 1, DType::F32),
+        (wide, CAUSAL, &[(13, 13), (1, 1), (20, 20)], 3, DType::F32),
+        (capped, near, &[(19, 19), (6, 6)], 4, DType::F32),
+        (wide, CAUSAL, &[(7, 7)], 50, DType::Bf16),
+        (wide, CAUSAL, &[(37, 37), (11, 11)], 5, DType::Bf16),
         // Few queries of many keys.
-        (wide, &[(120, 3), (40, 2)], 6, DType::F32),
+        (wide, CAUSAL, &[(120, 3), (40, 2)], 6, DType::F32),
     ];
-    for (p, lengths, count, dtype) in cases {
-        compare(device, &p, lengths, count, dtype);
+    for (p, kind, lengths, count, dtype) in cases {
+        compare(device, (&p, kind), lengths, count, dtype);
     }
     if !is_slow(device) {
         // Blocks of queries that look at no key of some blocks of keys.
-        compare(device, &PLAIN, &[(230, 230), (50, 50)], 2, DType::F32);
-        compare(device, &wide, &[(130, 130)], 60, DType::Bf16);
+        compare(device, (&PLAIN, CAUSAL), &[(230, 230), (50, 50)], 2, DType::F32);
+        compare(device, (&wide, CAUSAL), &[(130, 130)], 60, DType::Bf16);
     }
 }
 
-fn compare(device: &Device, p: &AttentionParameters, lengths: &[(usize, usize)], count: usize, dtype: DType) {
-    let what = format!("{p:?} {lengths:?}, {count} keys, {dtype}");
+fn compare(
+    device: &Device,
+    (p, kind): (&AttentionParameters, MaskKind),
+    lengths: &[(usize, usize)],
+    count: usize,
+    dtype: DType,
+) {
+    let what = format!("{p:?} {kind:?} {lengths:?}, {count} keys, {dtype}");
     let (segments, rows) = documents(lengths);
-    let mask = AttentionMask::new(device, p, Arc::clone(&segments), rows).unwrap();
-    let choice = Indexer::new(device, dtype, rows, [2, 5], |value| value).choose(p, &mask, count);
+    let mask = AttentionMask::new(device, kind, Arc::clone(&segments), rows).unwrap();
+    let choice = Indexer::new(device, dtype, rows, [2, 5], |value| value).choose(&mask, count);
     let (inputs, keys) = (attention_inputs(p, rows, dtype), keys_of(&choice));
     let mask = mask.with_choice(&choice).unwrap();
     let (out, gradients) = attend(device, p, &mask, dtype, &inputs);
     let function = |inputs: &[Vec<f64>]| {
         let inputs = std::array::from_fn(|index| &inputs[index][..]);
-        reference::attention_where(p, &segments, inputs, &|query, key| keys[query].contains(&key))
+        reference::attention_where(p, kind, &segments, inputs, &|query, key| keys[query].contains(&key))
     };
     assert_close(&what, &out, &function(&inputs), tolerance(dtype));
     let d_y = numbers("d_y", out.len(), dtype);
@@ -259,8 +265,8 @@ fn compare(device: &Device, p: &AttentionParameters, lengths: &[(usize, usize)],
 
 fn a_choice_of_all_keys_changes_nothing(device: &Device) {
     let (segments, rows) = documents(&[(20, 20), (7, 7)]);
-    let mask = AttentionMask::new(device, &PLAIN, segments, rows).unwrap();
-    let choice = Indexer::new(device, DType::F32, rows, [2, 5], |value| value).choose(&PLAIN, &mask, 20);
+    let mask = AttentionMask::new(device, CAUSAL, segments, rows).unwrap();
+    let choice = Indexer::new(device, DType::F32, rows, [2, 5], |value| value).choose(&mask, 20);
     let inputs = attention_inputs(&PLAIN, rows, DType::F32);
     let all = attend(device, &PLAIN, &mask, DType::F32, &inputs);
     let chosen = attend(device, &PLAIN, &mask.with_choice(&choice).unwrap(), DType::F32, &inputs);
@@ -272,8 +278,8 @@ fn a_choice_has_the_same_bits_everywhere() {
     assert_same_bits_everywhere("choice of keys", &|| {
         let device = Device::cpu();
         let (segments, rows) = documents(&[(100, 100), (40, 40)]);
-        let mask = AttentionMask::new(&device, &PLAIN, segments, rows).unwrap();
-        let choice = Indexer::new(&device, DType::F32, rows, [4, 20], |value| value).choose(&PLAIN, &mask, 9);
+        let mask = AttentionMask::new(&device, CAUSAL, segments, rows).unwrap();
+        let choice = Indexer::new(&device, DType::F32, rows, [4, 20], |value| value).choose(&mask, 9);
         let inputs = attention_inputs(&PLAIN, rows, DType::F32);
         let (out, gradients) =
             attend(&device, &PLAIN, &mask.with_choice(&choice).unwrap(), DType::F32, &inputs);
@@ -289,11 +295,11 @@ fn a_choice_has_the_same_bits_everywhere() {
 fn inputs_that_do_not_fit_a_choice_are_refused() {
     let device = Device::cpu();
     let (segments, rows) = documents(&[(3, 3)]);
-    let mask = AttentionMask::new(&device, &PLAIN, segments, rows).unwrap();
+    let mask = AttentionMask::new(&device, CAUSAL, segments, rows).unwrap();
     let zeros = |dtype, shape: &[usize]| Tensor::zeros(&device, Category::Workspace, dtype, shape).unwrap();
     let choose = |q: &[usize], k: &[usize], weights: &[usize], types: [DType; 3], count| {
         let (q, k, weights) = (zeros(types[0], q), zeros(types[1], k), zeros(types[2], weights));
-        ops::choose_keys(&PLAIN, &mask, [&q, &k, &weights], count)
+        ops::choose_keys(&mask, [&q, &k, &weights], count)
     };
     let all = [DType::F32; 3];
     let choice = choose(&[4, 2, 3], &[4, 3], &[4, 2], all, 1).unwrap();
@@ -312,6 +318,6 @@ fn inputs_that_do_not_fit_a_choice_are_refused() {
     let outcome = choose(&narrow, &[4, 3], &[4, 2], all, 0);
     assert!(matches!(outcome, Err(Error::Unsupported { .. })), "{outcome:?}");
     let (segments, rows) = documents(&[(4, 4)]);
-    let other = AttentionMask::new(&device, &PLAIN, segments, rows).unwrap();
+    let other = AttentionMask::new(&device, CAUSAL, segments, rows).unwrap();
     assert!(matches!(other.with_choice(&choice), Err(Error::Shape { .. })));
 }

@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use super::*;
 use crate::device::{
-    AttentionMask, AttentionParameters, CrossEntropyParameters, GateActivation, NormWeight, RopePairing,
-    Segment,
+    AttentionMask, AttentionParameters, CrossEntropyParameters, GateActivation, MaskKind, NormWeight,
+    RopePairing, Segment,
 };
 use crate::error::{Error, Result};
 use crate::ops::{self, Dropout, Linear, LinearOptions, Lora, RopeTable};
@@ -27,9 +27,6 @@ const ATTENTION: AttentionParameters = AttentionParameters {
     value_width: 6,
     scale: 0.4,
     softcap: None,
-    window: None,
-    chunk: None,
-    causal: true,
 };
 const WIDTH: usize = 24;
 const INNER: usize = 40;
@@ -151,7 +148,8 @@ impl Block {
         let v = self.linear(tape, &normed, 2, None)?.reshape(&[TOKENS, 2, 6])?;
         drop(normed);
         let rows = [TOKENS, TOKENS];
-        let mask = AttentionMask::new(q.tensor().device(), &ATTENTION, Arc::clone(&self.segments), rows)?;
+        let mask =
+            AttentionMask::new(q.tensor().device(), MaskKind::default(), Arc::clone(&self.segments), rows)?;
         let attended = ops::attention(tape, &ATTENTION, &mask, [&q, &k, &v], None)?;
         let middle = self.linear(tape, &attended, 3, Some(x))?;
         let normed = ops::rms_norm(tape, &middle, Some(&self.norms[1]), NormWeight::Plain, EPSILON)?;
@@ -176,7 +174,7 @@ fn reference_block(x: &[f64], values: &[Vec<f64>]) -> Vec<f64> {
     let normed = reference::rms_norm(x, &values[0], WIDTH, NormWeight::Plain, epsilon);
     let q = reference::rms_norm(&linear(&normed, 0, &[]), &values[2], 6, NormWeight::PlusOne, epsilon);
     let (q, k, v) = (rope(&q, 4), rope(&linear(&normed, 1, &[]), 2), linear(&normed, 2, &[]));
-    let attended = reference::attention(&ATTENTION, &segments(), [&q, &k, &v, &[]]);
+    let attended = reference::attention(&ATTENTION, MaskKind::default(), &segments(), [&q, &k, &v, &[]]);
     let middle = linear(&attended, 3, x);
     let normed = reference::rms_norm(&middle, &values[1], WIDTH, NormWeight::Plain, epsilon);
     let gated = reference::gated(GateActivation::Silu, &linear(&normed, 4, &[]), &linear(&normed, 5, &[]));

@@ -1,6 +1,6 @@
 //! What chooses the keys that queries of a layer look at.
 
-use pmetal_engine::device::{AttentionMask, AttentionParameters, RopePairing};
+use pmetal_engine::device::{AttentionMask, RopePairing};
 use pmetal_engine::ops::{self, Linear, LinearOptions, RopeTable, Spare};
 use pmetal_engine::{DType, Tape, Tensor, Var};
 
@@ -48,16 +48,12 @@ impl Indexer {
 
 impl Indexed {
     /// The mask of a layer without the keys that were not chosen; `None` where all are.
-    pub(super) fn choose(
-        &self,
-        parameters: &AttentionParameters,
-        mask: &AttentionMask,
-    ) -> Result<Option<AttentionMask>> {
+    pub(super) fn choose(&self, mask: &AttentionMask) -> Result<Option<AttentionMask>> {
         if !chooses(mask, self.count) {
             return Ok(None);
         }
         let inputs = [&self.query, &self.key, &self.weights];
-        let choice = ops::choose_keys(parameters, mask, inputs, self.count)?;
+        let choice = ops::choose_keys(mask, inputs, self.count)?;
         Ok(Some(mask.with_choice(&choice)?))
     }
 }

@@ -81,9 +81,6 @@ fn attention_parameters(spec: &AttentionSpec, [key, value]: [&Var; 2]) -> Attent
         value_width: value.tensor().columns(),
         scale: spec.scale,
         softcap: spec.softcap,
-        window: spec.mask.window,
-        chunk: spec.mask.chunk,
-        causal: true,
     }
 }
 
@@ -153,7 +150,7 @@ impl Layer {
         };
         let mask = &shared.inputs.seen(spec).mask;
         let parameters = attention_parameters(spec, [&key, &value]);
-        let chosen = indexed.map(|indexed| indexed.choose(&parameters, mask)).transpose()?.flatten();
+        let chosen = indexed.map(|indexed| indexed.choose(mask)).transpose()?.flatten();
         let mask = chosen.as_ref().unwrap_or(mask);
         let spare = weights.output.group.spare();
         let own_spare = if gate.is_some() || absorbed.is_some() { 0 } else { spare };

@@ -272,7 +272,7 @@ impl Backward<'_, '_> {
                 let seen = super::blocks::seen_by(self.inputs, segment, &queries);
                 for first in (seen.start / BLOCK * BLOCK..seen.end).step_by(BLOCK) {
                     let keys = first..segment.key_length.min(first + BLOCK);
-                    let visible = &Visible::new(segment, p, queries.clone(), &keys);
+                    let visible = &Visible::new(segment, self.inputs.kind, queries.clone(), &keys);
                     if !visible.is_empty() {
                         B::load_keys(self, segment, *group, &keys, memory);
                         let pair = Pair { segment, group: *group, visible, queries: &queries, keys: &keys };
@@ -301,7 +301,7 @@ impl Backward<'_, '_> {
         B::load_keys(self, segment, group, &keys, memory);
         for (index, first) in (0..segment.query_length).step_by(BLOCK).enumerate() {
             let queries = first..segment.query_length.min(first + BLOCK);
-            let visible = &Visible::new(segment, p, queries.clone(), &keys);
+            let visible = &Visible::new(segment, self.inputs.kind, queries.clone(), &keys);
             if !visible.is_empty() {
                 let wanted = Wanted { queries: held, keys: true };
                 let at = if held { index * heads * BLOCK * B::key_width(p) } else { 0 };

@@ -5,7 +5,7 @@ use std::ops::Range;
 use half::bf16;
 
 use super::math;
-use super::{AttentionParameters, Elements, ElementsMut, Inputs, Segment, SimdLevel};
+use super::{Elements, ElementsMut, Inputs, MaskKind, Segment, SimdLevel};
 use crate::device::cpu::gemm::MatrixRef;
 use crate::device::cpu::gemm::buffer::Buffer;
 use crate::device::cpu::gemm::convert::round_to_bf16;
@@ -135,15 +135,10 @@ pub(super) struct Visible {
 
 impl Visible {
     /// `queries` and `keys` are relative to the segment and at most a block long.
-    pub(super) fn new(
-        segment: &Segment,
-        parameters: &AttentionParameters,
-        queries: Range<usize>,
-        keys: &Range<usize>,
-    ) -> Self {
+    pub(super) fn new(segment: &Segment, kind: MaskKind, queries: Range<usize>, keys: &Range<usize>) -> Self {
         let mut ranges = [(0, 0); BLOCK];
         for (range, query) in ranges.iter_mut().zip(queries.clone()) {
-            let seen = segment.visible(parameters, query);
+            let seen = segment.visible(kind, query);
             let start = seen.start.clamp(keys.start, keys.end) - keys.start;
             *range = (start, (seen.end.clamp(keys.start, keys.end) - keys.start).max(start));
         }
@@ -175,8 +170,8 @@ impl Visible {
 
 /// Keys that some of the queries see, relative to the segment.
 pub(super) fn seen_by(inputs: &Inputs<'_>, segment: &Segment, queries: &Range<usize>) -> Range<usize> {
-    let first = segment.visible(inputs.parameters, queries.start);
-    let last = segment.visible(inputs.parameters, queries.end - 1);
+    let first = segment.visible(inputs.kind, queries.start);
+    let last = segment.visible(inputs.kind, queries.end - 1);
     first.start..last.end
 }
 

@@ -54,7 +54,7 @@ pub(super) unsafe fn run(
         };
         scores(level, &all_q[..rows * e], block_keys, &mut weights[..rows * STRIDE], STRIDE);
         for (row, weights) in weights[..rows * STRIDE].chunks_exact_mut(STRIDE).enumerate() {
-            let seen = segment.visible(p, row % queries);
+            let seen = segment.visible(inputs.kind, row % queries);
             let start = seen.start.clamp(first, end) - first;
             let seen = start..(seen.end.clamp(first, end) - first).max(start);
             let groups = mask_row(weights, &seen, f32::NEG_INFINITY);

@@ -162,7 +162,7 @@ impl Forward<'_, '_> {
         let seen = seen_by(self.inputs, segment, queries);
         for first in (seen.start / BLOCK * BLOCK..seen.end).step_by(BLOCK) {
             let keys = first..segment.key_length.min(first + BLOCK);
-            let visible = Visible::new(segment, p, queries.clone(), &keys);
+            let visible = Visible::new(segment, self.inputs.kind, queries.clone(), &keys);
             if visible.is_empty() {
                 continue;
             }

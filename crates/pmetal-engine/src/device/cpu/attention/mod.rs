@@ -19,8 +19,9 @@ use std::ops::Range;
 
 pub use super::gemm::{Elements, ElementsMut, SimdLevel};
 use super::simd::level_of_products;
+use crate::device::MaskKind;
 
-/// The shape of the heads and which keys a query sees.
+/// The shape of the heads and what is done with scores.
 #[derive(Clone, Copy, Debug)]
 pub struct AttentionParameters {
     /// H.
@@ -35,12 +36,6 @@ pub struct AttentionParameters {
     pub scale: f32,
     /// Scores s become `cap * tanh(s / cap)`.
     pub softcap: Option<f32>,
-    /// The query at position p sees key j only if p - window < j <= p.
-    pub window: Option<usize>,
-    /// The query at position p sees key j only if p / chunk = j / chunk.
-    pub chunk: Option<usize>,
-    /// The query at position p sees key j only if j <= p.
-    pub causal: bool,
 }
 
 /// One document: query i of it has position `i + key_length - query_length` among its keys; it sees no others.
@@ -58,16 +53,16 @@ pub struct Segment {
 
 impl Segment {
     /// The keys, relative to the segment's first, that its query sees. Both ends grow with the query.
-    pub(crate) fn visible(&self, parameters: &AttentionParameters, query: usize) -> Range<usize> {
+    pub(crate) fn visible(&self, kind: MaskKind, query: usize) -> Range<usize> {
         let position = (query + self.key_length) as i64 - self.query_length as i64;
         let (mut start, mut end) = (0, self.key_length as i64);
-        if parameters.causal || parameters.window.is_some() {
+        if !kind.sees_ahead || kind.window.is_some() {
             end = end.min(position + 1);
         }
-        if let Some(window) = parameters.window {
+        if let Some(window) = kind.window {
             start = start.max(position + 1 - i64::try_from(window).unwrap_or(i64::MAX / 2));
         }
-        if let Some(chunk) = parameters.chunk {
+        if let Some(chunk) = kind.chunk {
             let chunk = i64::try_from(chunk).unwrap_or(i64::MAX / 2).max(1);
             let first = position.div_euclid(chunk) * chunk;
             start = start.max(first);
@@ -89,8 +84,10 @@ impl Segment {
 /// What forward and backward read.
 #[derive(Clone, Copy, Debug)]
 pub struct Inputs<'a> {
-    /// Heads and mask.
+    /// The heads.
     pub parameters: &'a AttentionParameters,
+    /// Which keys of its document a query sees.
+    pub kind: MaskKind,
     /// The documents, in ascending order of queries and of keys, neither overlapping.
     pub segments: &'a [Segment],
     /// Queries, [T_q, H, E].
@@ -219,7 +216,7 @@ fn backward_at(
 }
 
 fn check(inputs: &Inputs<'_>, out_length: usize, lse_length: usize) {
-    let Inputs { parameters: p, segments, q, k, v, sinks, chosen } = inputs;
+    let Inputs { parameters: p, kind: _, segments, q, k, v, sinks, chosen } = inputs;
     assert!(
         p.key_value_heads > 0 && p.query_heads > 0 && p.query_heads.is_multiple_of(p.key_value_heads),
         "invariant: {} query heads do not share {} kv heads evenly",

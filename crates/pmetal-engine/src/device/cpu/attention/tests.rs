@@ -19,10 +19,13 @@ impl Random {
 struct Case {
     name: &'static str,
     p: AttentionParameters,
+    kind: MaskKind,
     segments: Vec<Segment>,
     tokens: (usize, usize),
     has_sinks: bool,
 }
+
+const CAUSAL: MaskKind = MaskKind { window: None, chunk: None, sees_ahead: false };
 
 const PLAIN: AttentionParameters = AttentionParameters {
     query_heads: 3,
@@ -31,59 +34,53 @@ const PLAIN: AttentionParameters = AttentionParameters {
     value_width: 20,
     scale: 0.7,
     softcap: None,
-    window: None,
-    chunk: None,
-    causal: true,
 };
 
 /// Documents of the given numbers of queries and keys, with a token between them that belongs to none.
-fn case(name: &'static str, p: AttentionParameters, lengths: &[(usize, usize)], has_sinks: bool) -> Case {
+fn case(
+    name: &'static str,
+    (p, kind): (AttentionParameters, MaskKind),
+    lengths: &[(usize, usize)],
+    has_sinks: bool,
+) -> Case {
     let (mut query, mut key) = (0, 0);
     let mut segments = Vec::new();
     for &(query_length, key_length) in lengths {
         segments.push(Segment { query_start: query, query_length, key_start: key, key_length });
         (query, key) = (query + query_length + 1, key + key_length + 1);
     }
-    Case { name, p, segments, tokens: (query, key), has_sinks }
+    Case { name, p, kind, segments, tokens: (query, key), has_sinks }
 }
 
 fn cases() -> Vec<Case> {
     let wide =
         AttentionParameters { query_heads: 4, key_value_heads: 2, key_width: 64, value_width: 48, ..PLAIN };
-    let windowed = AttentionParameters { window: Some(37), ..PLAIN };
-    let chunked = AttentionParameters { chunk: Some(50), ..PLAIN };
+    let (plain, wide) = ((PLAIN, CAUSAL), (wide, CAUSAL));
+    let windowed = |keys| MaskKind { window: Some(keys), ..CAUSAL };
+    let chunked = MaskKind { chunk: Some(50), ..CAUSAL };
+    let capped = |cap| AttentionParameters { softcap: Some(cap), ..PLAIN };
     vec![
-        case("causal", PLAIN, &[(1, 1), (37, 37), (230, 230)], false),
+        case("causal", plain, &[(1, 1), (37, 37), (230, 230)], false),
         case("value width unlike key width", wide, &[(130, 130), (20, 20)], false),
-        case("window", windowed, &[(210, 210), (9, 9)], false),
-        case("window of one", AttentionParameters { window: Some(1), ..PLAIN }, &[(40, 40)], false),
-        case("chunk", chunked, &[(230, 230), (33, 33)], false),
+        case("window", (PLAIN, windowed(37)), &[(210, 210), (9, 9)], false),
+        case("window of one", (PLAIN, windowed(1)), &[(40, 40)], false),
+        case("chunk", (PLAIN, chunked), &[(230, 230), (33, 33)], false),
         case(
             "chunk without causality",
-            AttentionParameters { causal: false, ..chunked },
+            (PLAIN, MaskKind { sees_ahead: true, ..chunked }),
             &[(230, 230)],
             false,
         ),
-        case("softcap", AttentionParameters { softcap: Some(1.5), ..PLAIN }, &[(130, 130)], false),
-        case("sinks", PLAIN, &[(110, 110), (3, 3)], true),
-        case(
-            "sinks, softcap and window",
-            AttentionParameters { softcap: Some(2.0), ..windowed },
-            &[(140, 140)],
-            true,
-        ),
-        case("queries after a prefix", PLAIN, &[(20, 130), (100, 117)], false),
-        case("few queries with many keys", PLAIN, &[(1, 301), (8, 97), (3, 3)], false),
-        case("few queries, window and sinks", windowed, &[(2, 301), (5, 41)], true),
-        case(
-            "few queries, chunk and softcap",
-            AttentionParameters { softcap: Some(1.0), ..chunked },
-            &[(8, 121)],
-            false,
-        ),
-        case("not causal", AttentionParameters { causal: false, ..wide }, &[(70, 101), (120, 30)], false),
-        case("queries that see nothing", PLAIN, &[(30, 12), (8, 2), (120, 0)], false),
-        case("queries that see only sinks", PLAIN, &[(30, 12), (4, 0)], true),
+        case("softcap", (capped(1.5), CAUSAL), &[(130, 130)], false),
+        case("sinks", plain, &[(110, 110), (3, 3)], true),
+        case("sinks, softcap and window", (capped(2.0), windowed(37)), &[(140, 140)], true),
+        case("queries after a prefix", plain, &[(20, 130), (100, 117)], false),
+        case("few queries with many keys", plain, &[(1, 301), (8, 97), (3, 3)], false),
+        case("few queries, window and sinks", (PLAIN, windowed(37)), &[(2, 301), (5, 41)], true),
+        case("few queries, chunk and softcap", (capped(1.0), chunked), &[(8, 121)], false),
+        case("not causal", (wide.0, MaskKind { sees_ahead: true, ..CAUSAL }), &[(70, 101), (120, 30)], false),
+        case("queries that see nothing", plain, &[(30, 12), (8, 2), (120, 0)], false),
+        case("queries that see only sinks", plain, &[(30, 12), (4, 0)], true),
     ]
 }
 
@@ -111,6 +108,7 @@ impl Case {
     fn inputs<'a>(&'a self, tensors: &'a Tensors) -> Inputs<'a> {
         Inputs {
             parameters: &self.p,
+            kind: self.kind,
             segments: &self.segments,
             q: Elements::F32(&tensors.q),
             k: Elements::F32(&tensors.k),
@@ -122,12 +120,12 @@ impl Case {
 }
 
 /// Whether the query sees the key, written without ranges.
-fn sees(p: &AttentionParameters, segment: &Segment, query: usize, key: usize) -> bool {
+fn sees(kind: MaskKind, segment: &Segment, query: usize, key: usize) -> bool {
     let position = query as i64 + segment.key_length as i64 - segment.query_length as i64;
     let key = key as i64;
-    (!p.causal || key <= position)
-        && p.window.is_none_or(|window| position - (window as i64) < key && key <= position)
-        && p.chunk.is_none_or(|chunk| position.div_euclid(chunk as i64) == key.div_euclid(chunk as i64))
+    (kind.sees_ahead || key <= position)
+        && kind.window.is_none_or(|window| position - (window as i64) < key && key <= position)
+        && kind.chunk.is_none_or(|chunk| position.div_euclid(chunk as i64) == key.div_euclid(chunk as i64))
 }
 
 #[derive(Default)]
@@ -167,7 +165,8 @@ fn reference(case: &Case, t: &Tensors) -> Results {
             let group = head * p.key_value_heads / p.query_heads;
             let at = |key: usize| (segment.key_start + key) * p.key_value_heads + group;
             let q_row = &q[row * p.key_width..][..p.key_width];
-            let seen: Vec<_> = (0..segment.key_length).filter(|&key| sees(p, segment, query, key)).collect();
+            let seen: Vec<_> =
+                (0..segment.key_length).filter(|&key| sees(case.kind, segment, query, key)).collect();
             let raw: Vec<_> = seen
                 .iter()
                 .map(|&j| f64::from(p.scale) * dot(q_row, &k[at(j) * p.key_width..][..p.key_width]))
@@ -312,8 +311,12 @@ fn objective(case: &Case, tensors: &Tensors) -> f64 {
 fn gradients_agree_with_finite_differences() {
     let small =
         AttentionParameters { query_heads: 2, key_value_heads: 1, key_width: 5, value_width: 3, ..PLAIN };
-    let capped = AttentionParameters { softcap: Some(1.2), window: Some(6), ..small };
-    for case in [case("small", small, &[(9, 12), (4, 4)], true), case("capped", capped, &[(10, 10)], true)] {
+    let capped = AttentionParameters { softcap: Some(1.2), ..small };
+    let near = MaskKind { window: Some(6), ..CAUSAL };
+    for case in [
+        case("small", (small, CAUSAL), &[(9, 12), (4, 4)], true),
+        case("capped", (capped, near), &[(10, 10)], true),
+    ] {
         let mut tensors = case.tensors();
         let actual = compute(SimdLevel::current(), 1, &case, &tensors);
         let all = [(0, actual.dq), (1, actual.dk), (2, actual.dv), (3, actual.d_sinks)];
@@ -349,7 +352,7 @@ fn gradients_agree_with_finite_differences() {
 
 #[test]
 fn documents_do_not_touch_each_other() {
-    let case = case("documents", PLAIN, &[(100, 100), (150, 150), (7, 90)], true);
+    let case = case("documents", (PLAIN, CAUSAL), &[(100, 100), (150, 150), (7, 90)], true);
     let mut tensors = case.tensors();
     let before = compute(SimdLevel::current(), 1, &case, &tensors);
     let (segment, p) = (case.segments[1], case.p);

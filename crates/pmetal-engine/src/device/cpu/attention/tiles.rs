@@ -182,7 +182,7 @@ impl Forward<'_, '_> {
         let seen = seen_by(self.inputs, segment, queries);
         for first in (seen.start / BLOCK * BLOCK..seen.end).step_by(BLOCK) {
             let block = first..segment.key_length.min(first + BLOCK);
-            let visible = Visible::new(segment, p, queries.clone(), &block);
+            let visible = Visible::new(segment, self.inputs.kind, queries.clone(), &block);
             if visible.is_empty() {
                 continue;
             }

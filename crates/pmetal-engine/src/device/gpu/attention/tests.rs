@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::*;
 use crate::device::gpu::cuda::{Cuda, CudaOptions};
 use crate::device::gpu::runtime::{DeviceFacts, Runtime};
-use crate::device::{Kernels, KeyChoice, Segment};
+use crate::device::{Kernels, KeyChoice, MaskKind, Segment};
 use crate::{Device, reference};
 
 const PLAIN: AttentionParameters = AttentionParameters {
@@ -15,9 +15,6 @@ const PLAIN: AttentionParameters = AttentionParameters {
     value_width: 128,
     scale: 0.2,
     softcap: None,
-    window: None,
-    chunk: None,
-    causal: true,
 };
 
 /// Devices that the choice of kernels is made for; all but the first are less than the device is.
@@ -30,6 +27,7 @@ enum Like {
 
 struct Case {
     parameters: AttentionParameters,
+    kind: MaskKind,
     /// Keys and queries of each document.
     lengths: &'static [(usize, usize)],
     /// Rows before the first document.
@@ -40,8 +38,11 @@ struct Case {
     dtype: DType,
 }
 
+const CAUSAL: MaskKind = MaskKind { window: None, chunk: None, sees_ahead: false };
+
 const CASE: Case = Case {
     parameters: PLAIN,
+    kind: CAUSAL,
     lengths: &[(150, 150), (97, 97), (61, 61)],
     gap: 0,
     sinks: false,
@@ -168,7 +169,7 @@ fn score_rows<'a>(case: &'a Case, values: &'a Values) -> impl Iterator<Item = Ro
             let key_row =
                 |key: usize| (segment.key_start + key) * p.key_value_heads + head * p.key_value_heads / heads;
             let looks = |key: &usize| case.looks(segment.query_start + query, segment.key_start + key);
-            let visible = segment.visible(p, query).filter(looks);
+            let visible = segment.visible(case.kind, query).filter(looks);
             let visible: Vec<_> = visible.map(|key| score(row, key_row(key))).collect();
             let sink = sinks.get(head).map_or(0.0, |sink| sink.exp());
             let log = (sink + visible.iter().map(|(_, score, _)| score.exp()).sum::<f64>()).ln();
@@ -181,7 +182,7 @@ fn score_rows<'a>(case: &'a Case, values: &'a Values) -> impl Iterator<Item = Ro
 fn expected_forward(case: &Case, values: &Values) -> [Vec<f64>; 2] {
     let p = &case.parameters;
     let [q, k, v, sinks] = &values.inputs;
-    let mut out = reference::attention(p, &case.segments(), [q, k, v, sinks]);
+    let mut out = reference::attention(p, case.kind, &case.segments(), [q, k, v, sinks]);
     // Rows of no document see their sinks alone.
     let log = |row: usize| sinks.get(row % p.query_heads).copied().unwrap_or(f64::NEG_INFINITY);
     let mut logs: Vec<f64> = (0..q.len() / p.key_width).map(log).collect();
@@ -290,7 +291,7 @@ fn computed(device: &Device, gpu: &Gpu, case: &Case, values: &Values) -> Results
     let shape = [p.query_heads];
     let sinks =
         case.sinks.then(|| Tensor::from_slice(device, Category::Workspace, &shape, &sink_values).unwrap());
-    let mut mask = AttentionMask::new(device, p, case.segments().into(), [tokens, keys]).unwrap();
+    let mut mask = AttentionMask::new(device, case.kind, case.segments().into(), [tokens, keys]).unwrap();
     if case.chosen {
         mask = mask.with_choice(&case.choice(device)).unwrap();
     }
@@ -424,28 +425,18 @@ fn many_narrow_heads_agree_with_the_reference() {
 
 #[test]
 fn windows_and_caps_agree_with_the_reference() {
-    let parameters = AttentionParameters {
-        query_heads: 4,
-        key_width: 96,
-        value_width: 96,
-        softcap: Some(2.0),
-        window: Some(37),
-        ..PLAIN
-    };
-    check(&Case { parameters, sinks: true, ..CASE }, &[Like::Itself, Like::A100]);
+    let parameters =
+        AttentionParameters { query_heads: 4, key_width: 96, value_width: 96, softcap: Some(2.0), ..PLAIN };
+    let kind = MaskKind { window: Some(37), ..CAUSAL };
+    check(&Case { parameters, kind, sinks: true, ..CASE }, &[Like::Itself, Like::A100]);
 }
 
 #[test]
 fn chunks_of_the_widest_heads_agree_with_the_reference() {
-    let parameters = AttentionParameters {
-        query_heads: 4,
-        key_width: 256,
-        value_width: 256,
-        scale: 0.1,
-        chunk: Some(64),
-        ..PLAIN
-    };
-    check(&Case { parameters, ..CASE }, &[Like::Itself, Like::A100, Like::Small]);
+    let parameters =
+        AttentionParameters { query_heads: 4, key_width: 256, value_width: 256, scale: 0.1, ..PLAIN };
+    let kind = MaskKind { chunk: Some(64), ..CAUSAL };
+    check(&Case { parameters, kind, ..CASE }, &[Like::Itself, Like::A100, Like::Small]);
 }
 
 #[test]
@@ -479,8 +470,8 @@ fn widths_between_the_sizes_of_tiles_agree_with_the_reference() {
 
 #[test]
 fn half_precision_without_order_agrees_with_the_reference() {
-    let parameters = AttentionParameters { causal: false, ..PLAIN };
-    check(&Case { parameters, dtype: DType::F16, sinks: true, ..CASE }, &[Like::Itself, Like::A100]);
+    let kind = MaskKind { sees_ahead: true, ..CAUSAL };
+    check(&Case { kind, dtype: DType::F16, sinks: true, ..CASE }, &[Like::Itself, Like::A100]);
 }
 
 #[test]
@@ -494,9 +485,10 @@ fn few_queries_over_many_keys_agree_with_the_reference() {
     check(&Case { lengths: &[(2500, 1)], ..CASE }, &[Like::Itself]);
     let parameters = AttentionParameters { query_heads: 20, key_value_heads: 1, ..PLAIN };
     check(&Case { parameters, lengths: &[(777, 5)], sinks: true, ..CASE }, &[Like::Itself]);
-    let parameters = AttentionParameters { key_width: 72, softcap: Some(3.0), window: Some(100), ..PLAIN };
+    let parameters = AttentionParameters { key_width: 72, softcap: Some(3.0), ..PLAIN };
+    let kind = MaskKind { window: Some(100), ..CAUSAL };
     let lengths = &[(300, 1), (41, 1), (1, 1), (512, 1), (99, 1), (64, 1), (17, 1), (30, 1), (80, 1)];
-    check(&Case { parameters, lengths, gap: 1, ..CASE }, &[Like::Itself, Like::A100]);
+    check(&Case { parameters, kind, lengths, gap: 1, ..CASE }, &[Like::Itself, Like::A100]);
 }
 
 #[test]

@@ -17,11 +17,11 @@ const GREEDY: SampleOptions = SampleOptions {
 
 /// All keys, a window, a chunk that ends between two steps, and both, of which one or the other leaves fewer keys.
 const KINDS: [MaskKind; 5] = [
-    MaskKind { window: None, chunk: None },
-    MaskKind { window: Some(6), chunk: None },
-    MaskKind { window: None, chunk: Some(3) },
-    MaskKind { window: Some(6), chunk: Some(5) },
-    MaskKind { window: Some(2), chunk: Some(5) },
+    MaskKind { window: None, chunk: None, sees_ahead: false },
+    MaskKind { window: Some(6), chunk: None, sees_ahead: false },
+    MaskKind { window: None, chunk: Some(3), sees_ahead: false },
+    MaskKind { window: Some(6), chunk: Some(5), sees_ahead: false },
+    MaskKind { window: Some(2), chunk: Some(5), sees_ahead: false },
 ];
 
 fn every_option() -> Vec<SampleOptions> {
