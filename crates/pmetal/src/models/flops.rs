@@ -1,7 +1,7 @@
 //! The arithmetic that a step of training cannot do without.
 
 use super::loader::{Need, needs};
-use super::spec::{FeedForwardSpec, LayerSpec, Spec};
+use super::spec::{FeedForwardSpec, LatentSpec, LayerSpec, Projection, Spec};
 
 /// Matrix products of the delta rule in a token and head: what is read from the state twice, and what is written to it.
 const DELTA_PRODUCTS: usize = 3;
@@ -12,19 +12,42 @@ impl Spec {
     ///
     /// Counted are products with weights that a token meets (forward, the gradient of the input and, where all weights are
     /// trained, that of the weight), attention between queries and the keys that they see (forward, and two and a half times
-    /// that backward, with the scores that are computed again), the delta rule and the choice of keys. Adapters, norms,
-    /// activations and recomputed layers are not: what is slower for them has a smaller share of what a device can do.
+    /// that backward, with the scores that are computed again), the delta rule and the choice of keys, which has no backward
+    /// pass and is made where a document has more keys than are chosen. Adapters, norms, activations and recomputed layers are
+    /// not: what is slower for them has a smaller share of what a device can do.
     pub fn step_flops(&self, lengths: &[usize], trains_weights: bool) -> f64 {
         let tokens: usize = lengths.iter().sum();
         let passes = if trains_weights { 3 } else { 2 };
         let products = 2.0 * passes as f64 * tokens as f64 * self.active_weights() as f64;
-        let layer = |layer: &LayerSpec| -> f64 { lengths.iter().map(|&length| mixing(layer, length)).sum() };
+        let layer = |layer: &LayerSpec| -> f64 {
+            lengths.iter().map(|&length| mixing(layer, length)).sum::<f64>() + self.choice(layer, lengths)
+        };
         products + self.layers.iter().map(layer).sum::<f64>()
     }
 
-    /// Elements of the matrices that a token is multiplied by.
+    /// The choice of keys in one layer: projections of all tokens if one document needs a choice, and scores of queries that see
+    /// more keys than are chosen.
+    fn choice(&self, layer: &LayerSpec, lengths: &[usize]) -> f64 {
+        let Projection::Latent(LatentSpec { query_rank: Some(rank), indexer: Some(indexer), .. }) =
+            layer.attention.projection
+        else {
+            return 0.0;
+        };
+        if lengths.iter().all(|&length| length <= indexer.count) {
+            return 0.0;
+        }
+        let columns = indexer.heads * indexer.width;
+        let weights = columns * rank + (indexer.width + indexer.heads) * self.width;
+        let seen = lengths.iter().flat_map(|&length| seen_keys(layer, length));
+        let scored: usize = seen.filter(|&keys| keys > indexer.count).sum();
+        2.0 * (lengths.iter().sum::<usize>() * weights + scored * columns) as f64
+    }
+
+    /// Elements of the matrices that a token is multiplied by, forward and backward.
     fn active_weights(&self) -> u128 {
-        let is_matrix = |need: &&Need| need.shape.len() == 2 && !need.name.contains("norm");
+        let is_matrix = |need: &&Need| {
+            need.shape.len() == 2 && !need.name.contains("norm") && !need.name.contains(".indexer.")
+        };
         let needs = needs(self);
         let all: u128 = needs.iter().filter(is_matrix).map(Need::elements).sum();
         // Rows of the embedding are looked up; where it is the head too, they are multiplied by once.
@@ -49,19 +72,21 @@ fn mixing(layer: &LayerSpec, length: usize) -> f64 {
         return 3.0 * 2.0 * (DELTA_PRODUCTS * length * state) as f64;
     }
     let attention = &layer.attention;
-    let seen = |most: usize| -> usize {
-        let keys = |position| (position + 1 - attention.mask.first_key(position)).min(most);
-        (0..length).map(keys).sum()
-    };
-    let indexer = attention.indexer();
-    let pairs = seen(indexer.map_or(usize::MAX, |indexer| indexer.count));
+    let most = attention.indexer().map_or(usize::MAX, |indexer| indexer.count);
+    let pairs: usize = seen_keys(layer, length).map(|keys| keys.min(most)).sum();
     let widths = attention.query_heads * (attention.head_width + attention.value_width);
-    let choice = indexer.map_or(0, |indexer| 2 * seen(usize::MAX) * indexer.heads * indexer.width);
-    3.5 * 2.0 * (pairs * widths) as f64 + choice as f64
+    3.5 * 2.0 * (pairs * widths) as f64
+}
+
+/// The keys that each query of a document sees.
+fn seen_keys(layer: &LayerSpec, length: usize) -> impl Iterator<Item = usize> {
+    let mask = layer.attention.mask;
+    (0..length).map(move |position| position + 1 - mask.first_key(position))
 }
 
 #[cfg(test)]
 mod tests {
+    use super::Projection;
     use crate::models::{Config, Spec, families};
 
     fn spec(path: &str) -> Spec {
@@ -85,7 +110,7 @@ mod tests {
     }
 
     #[test]
-    fn experts_windows_and_chosen_keys_count_as_far_as_they_are_met() {
+    fn experts_and_windows_count_as_far_as_they_are_met() {
         // Both layers have experts of 24 columns for inputs of 32; more choices are more products.
         let mut mixtral = spec("fixtures/mixtral-window/config.json");
         let few = mixtral.step_flops(&[32], false);
@@ -103,15 +128,34 @@ mod tests {
         let window = mixtral.layers[0].attention.mask.window.unwrap();
         let step = windowed(3 * window) - windowed(2 * window);
         assert_eq!(windowed(9 * window) - windowed(8 * window), step);
+    }
+
+    #[test]
+    fn a_choice_of_keys_is_counted_forward_alone_and_where_it_is_made() {
         let chosen = spec("fixtures/deepseek-v32/config.json");
         let mut all = chosen.clone();
         for layer in &mut all.layers {
-            if let super::super::spec::Projection::Latent(latent) = &mut layer.attention.projection {
-                latent.indexer =
-                    latent.indexer.map(|indexer| super::super::spec::IndexerSpec { count: 1000, ..indexer });
+            if let Projection::Latent(latent) = &mut layer.attention.projection {
+                latent.indexer = None;
             }
         }
-        assert!(chosen.step_flops(&[64], false) < all.step_flops(&[64], false));
+        // Both layers choose 6 keys by 4 heads of 12, from latent vectors of 14 and inputs of 24: a token has
+        // 4 12 14 + 12 24 + 4 24 = 1056 products with weights, a scored pair 4 12 = 48. Two heads of 14 + 9 attend: a pair that
+        // is looked at counts 2 3.5 2 23 = 322.
+        for (lengths, tokens, scored, unseen) in [
+            (&[6][..], 0.0, 0.0, 0.0),
+            (&[6, 3], 0.0, 0.0, 0.0),
+            // Queries 6 and 7 of a document of 8 see 7 and 8 keys, and look at 6 of them.
+            (&[8], 8.0, 15.0, 3.0),
+            (&[8, 6], 14.0, 15.0, 3.0),
+            (&[8, 7], 15.0, 22.0, 4.0),
+        ] {
+            let expected = 2.0 * (2.0 * tokens * 1056.0 + 2.0 * scored * 48.0 - unseen * 322.0);
+            for trains_weights in [false, true] {
+                let [with, without] = [&chosen, &all].map(|spec| spec.step_flops(lengths, trains_weights));
+                assert_eq!(with - without, expected, "{lengths:?}, {trains_weights}");
+            }
+        }
     }
 
     #[test]
