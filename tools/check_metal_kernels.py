@@ -112,6 +112,7 @@ MACROS = {
     "KEY_WIDTH": (5, 128, 256),
     "ROUNDED": (0, 1, 2),
     "SLICE": (16, 32),
+    "PAIRED": ("bf16", "f16"),
 }
 
 

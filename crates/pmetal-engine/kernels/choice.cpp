@@ -4,7 +4,8 @@
 // key_begin[t] <= j < key_end[t]. Queries are taken from `first` on, as many as the grid has rows. Of equal scores the first
 // is chosen; both zeros are equal, what is no number counts as minus infinity. Bit j % 32 of word j / 32 is that of key j.
 //
-// score_keys   grid (ceil(Tk / 32), queries), group 256: scores f32 [queries, Tk] of keys that are seen
+// score_keys   grid (ceil(Tk / 32), queries), group 256: scores f32 [queries, Tk] of keys that are seen, for queries that see
+//              more than `count`; choice_tiles.cpp has them of matrix units
 // choose_keys  grid queries, group 256: bits u32 [T, words] of the best `count` keys, or of all that are seen; words =
 //              ceil(Tk / 32)
 // Flops: 2 H E for a pair. Bytes: q once for four keys of a SIMD group, k once for a query; scores up to six times.
@@ -20,10 +21,10 @@
 KERNEL(score_keys)(GIVEN_POSITION
     const GLOBAL ELEMENT* q, const GLOBAL ELEMENT* k, const GLOBAL float* weights, const GLOBAL int* key_begin,
     const GLOBAL int* key_end, GLOBAL float* scores, SCALAR(uint, first), SCALAR(uint, keys), SCALAR(uint, heads),
-    SCALAR(uint, q_pitch), SCALAR(uint, k_pitch), SCALAR(uint, weights_pitch)) {
+    SCALAR(uint, q_pitch), SCALAR(uint, k_pitch), SCALAR(uint, weights_pitch), SCALAR(uint, count)) {
     uint t = first + GROUP_Y, lane = THREAD % 32;
     int start = (int)(GROUP_X * 32 + THREAD / 32 * KEYS), end = key_end[t];
-    if (start >= end || start + KEYS <= key_begin[t]) return;
+    if (start >= end || start + KEYS <= key_begin[t] || end - key_begin[t] <= (int)count) return;
     float own[KEYS][SHARE], sums[KEYS];
     for (int n = 0; n < KEYS; ++n) {
         sums[n] = 0.0f;

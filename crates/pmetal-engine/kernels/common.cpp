@@ -33,6 +33,40 @@ DEVICE float group_max(POSITION float x, SHARED_POINTER(float) scratch) {
     return simd_max(x);
 }
 
+#ifdef NATIVE_PAIRED_PRODUCT
+#define paired_product NATIVE_PAIRED_PRODUCT
+#else
+template <typename T> DEVICE float product_of_pairs(uint left, uint right) {
+    T a[2], b[2];
+    for (uint i = 0; i < 2; ++i) {
+        a[i].bits = (ushort)(left >> 16 * i);
+        b[i].bits = (ushort)(right >> 16 * i);
+    }
+    return widen(a[0]) * widen(b[0]) + widen(a[1]) * widen(b[1]);
+}
+
+// Adds a product of 16 x 16 and 16 x 8 of 16 bits, two in a word, to a SIMD group's sums, in the order that mma.m16n8k16 says:
+// lane 4 i + j has of the left the columns 2 j, 2 j + 1 of the rows i and i + 8, then 2 j + 8, 2 j + 9 of them; of the right
+// the same rows of column i; of the sums the columns 2 j, 2 j + 1 of the row i, then of i + 8.
+template <typename T> DEVICE void paired_product(POSITION LOCAL const uint* left, LOCAL const uint* right, LOCAL float* sums) {
+    uint lane = THREAD % 32, rows[4][4], columns[8][2];
+    for (uint mask = 0; mask < 32; ++mask) {
+        uint other = lane ^ mask;
+        for (uint n = 0; n < 4 && mask < 4; ++n) rows[other % 4][n] = as_bits(simd_shuffle_xor(as_float(left[n]), mask));
+        for (uint n = 0; n < 2; ++n) {
+            uint word = as_bits(simd_shuffle_xor(as_float(right[n]), mask));
+            if (other / 8 == lane % 4) columns[other % 8][n] = word;
+        }
+    }
+    for (uint i = 0; i < 4; ++i) {
+        for (uint j = 0; j < 4; ++j) {
+            sums[i] += product_of_pairs<T>(rows[j][i / 2], columns[i % 2 * 4 + j][0]);
+            sums[i] += product_of_pairs<T>(rows[j][2 + i / 2], columns[i % 2 * 4 + j][1]);
+        }
+    }
+}
+#endif
+
 // Where a row of `width` elements starts if `inner` of them follow each other and then the next begin a pitch apart.
 DEVICE uint row_start(uint row, uint inner, uint pitch, uint width) {
     return (row / inner) * pitch + (row % inner) * width;

@@ -195,5 +195,18 @@ DEVICE void native_rounded_product(const float* a, const float* b, float* low, f
           "r"(as_bits(a[3]) + 0x1000u), "r"(as_bits(b[0]) + 0x1000u), "r"(as_bits(b[1]) + 0x1000u));
 }
 #define NATIVE_ROUNDED_PRODUCT native_rounded_product
+// See paired_product of common.cpp.
+#define MULTIPLY_PAIRS(type)                                                                                              \
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])                                                      \
+        : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "r"(right[0]), "r"(right[1]))
+template <typename T> DEVICE void native_paired_product(const uint* left, const uint* right, float* sums);
+template <> DEVICE void native_paired_product<bf16>(const uint* left, const uint* right, float* sums) {
+    MULTIPLY_PAIRS("bf16");
+}
+template <> DEVICE void native_paired_product<f16>(const uint* left, const uint* right, float* sums) {
+    MULTIPLY_PAIRS("f16");
+}
+#define NATIVE_PAIRED_PRODUCT native_paired_product
 #endif
 #define INFINITE __int_as_float(0x7f800000)

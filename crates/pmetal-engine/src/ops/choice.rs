@@ -6,11 +6,12 @@ use crate::memory::Category;
 use crate::{DType, Tensor};
 
 /// For each query the `count` keys of the highest scores, the first of equal ones, or all keys where it sees no more:
-/// `score[t, s] = sum_h weights[t, h] max(q[t, h] . k[s], 0)` in f32 over the keys that the mask shows; q \[T, H, E\], k \[Tk, E\], weights f32 \[T, H\]. What is no number counts as the lowest score.
+/// `score[t, s] = sum_h weights[t, h] max(q[t, h] . k[s], 0)` in f32 over the keys that the mask shows; q \[T, H, E\],
+/// k \[Tk, E\], weights f32 \[T, H\]. What is no number counts as the lowest score.
 ///
 /// Give it to attention by [`AttentionMask::with_choice`]. Without a gradient. Shapes depend on those of the inputs alone
-/// and nothing is read back, so that a device can record it. Cost: 2 H E flops for each visible pair, T Tk / 8 bytes that
-/// stay, and at most 64 MiB or the scores of one query as workspace.
+/// and nothing is read back, so that a device can record it. Cost: 2 H E flops for each visible pair of a query that sees
+/// more than `count` keys, T Tk / 8 bytes that stay, and at most 64 MiB or the scores of one query as workspace.
 ///
 /// # Errors
 /// [`Error::Shape`] or [`Error::DType`] for inputs that do not belong together or to the mask; [`Error::Unsupported`]

@@ -346,6 +346,7 @@ impl Runtime for Emulator {
     fn facts(&self) -> DeviceFacts {
         DeviceFacts {
             capability: (0, 0),
+            has_paired_products: true,
             multiprocessors: 1,
             shared_bytes_per_block: 32 << 10,
             deterministic: true,

@@ -18,9 +18,10 @@ macro_rules! module {
 }
 
 /// The portable kernels.
-static MODULES: [ModuleText; 20] = [
+static MODULES: [ModuleText; 21] = [
     module!("attention"),
     module!("choice"),
+    module!("choice_tiles"),
     module!("convolution"),
     module!("delta"),
     module!("delta_chunks"),
@@ -101,6 +102,10 @@ impl Kernel {
 
     pub(super) fn bias(self, dtype: DType) -> Self {
         self.typed("BIAS", dtype)
+    }
+
+    pub(super) fn paired(self, dtype: DType) -> Self {
+        self.typed("PAIRED", dtype)
     }
 
     pub(super) fn activation(self, activation: GateActivation) -> Self {

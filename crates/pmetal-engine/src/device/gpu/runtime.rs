@@ -138,6 +138,8 @@ pub(crate) trait Replay {
 pub(crate) struct DeviceFacts {
     /// NVIDIA's compute capability, major and minor; zeros for devices of others.
     pub(crate) capability: (u32, u32),
+    /// Whether it has units for products of 16 bits that kernels in the portable words can use.
+    pub(crate) has_paired_products: bool,
     /// How many blocks run at one time where each needs a multiprocessor to itself.
     pub(crate) multiprocessors: usize,
     /// Shared memory that one block can have.

@@ -264,6 +264,7 @@ mod tests {
 
     const H200: DeviceFacts = DeviceFacts {
         capability: (9, 0),
+        has_paired_products: true,
         multiprocessors: 132,
         shared_bytes_per_block: 232_448,
         deterministic: false,

@@ -436,6 +436,7 @@ impl Runtime for Cuda {
         let device = &self.stream.device;
         DeviceFacts {
             capability: device.capability,
+            has_paired_products: device.capability >= (8, 0),
             multiprocessors: device.multiprocessors,
             shared_bytes_per_block: device.shared_bytes_per_block,
             deterministic: self.deterministic,
