@@ -102,7 +102,7 @@ pub(super) fn attend_wide(inputs: &Inputs<'_>, p: &AttentionParameters) -> Resul
     let v = inputs.tensor(3, &[TOKENS, 1, p.value_width])?;
     let sinks = inputs.floats(4, &[p.query_heads])?;
     let mut results = Vec::new();
-    let kind = MaskKind::default();
+    let kind = MaskKind::CAUSAL;
     for mask in [mask(inputs, kind)?, chosen(inputs, kind)?] {
         let mut out = inputs.empty(&[TOKENS, p.query_heads, p.value_width])?;
         let mut logs = inputs.floats(5, &[TOKENS, p.query_heads])?;

@@ -100,15 +100,13 @@ fn groups() -> [Group; 20] {
                 value_width: width,
                 ..attention::PLAIN
             };
-            let kind = MaskKind::default();
+            let kind = MaskKind::CAUSAL;
             let mut all = attention::attend(inputs, &parameters, kind, true)?;
             all.extend(attention::attend_chosen(inputs, &parameters, kind)?);
             all.extend(attention::attend_wide(inputs, &parameters)?);
             Ok(all)
         }),
-        ("choice of keys", |inputs| {
-            attention::choice(inputs, MaskKind::default(), [3, inputs.width(7, 64), 3])
-        }),
+        ("choice of keys", |inputs| attention::choice(inputs, MaskKind::CAUSAL, [3, inputs.width(7, 64), 3])),
         ("activations", |inputs| {
             let width = inputs.width(100, 64);
             let mut all = rows::gated(inputs, width, GateActivation::Silu)?;

@@ -218,8 +218,6 @@ fn random_numbers_and_dropped_elements_agree(device: &Device) {
     });
 }
 
-const CAUSAL: MaskKind = MaskKind { window: None, chunk: None, sees_ahead: false };
-
 fn attention_agrees(device: &Device, parameters: AttentionParameters, kind: MaskKind, sinks: bool) {
     for &dtype in types(device) {
         check(device, &format!("{parameters:?}, {kind:?}, sinks {sinks}"), dtype, &|inputs| {
@@ -229,11 +227,11 @@ fn attention_agrees(device: &Device, parameters: AttentionParameters, kind: Mask
 }
 
 fn groups_of_heads_agree(device: &Device) {
-    attention_agrees(device, attention::PLAIN, CAUSAL, false);
+    attention_agrees(device, attention::PLAIN, MaskKind::CAUSAL, false);
     attention_agrees(
         device,
         AttentionParameters { query_heads: 1, key_value_heads: 1, ..attention::PLAIN },
-        CAUSAL,
+        MaskKind::CAUSAL,
         true,
     );
 }
@@ -242,21 +240,21 @@ fn windows_and_sinks_agree(device: &Device) {
     attention_agrees(
         device,
         AttentionParameters { value_width: 12, ..attention::PLAIN },
-        MaskKind { window: Some(3), ..CAUSAL },
+        MaskKind { window: Some(3), ..MaskKind::CAUSAL },
         true,
     );
 }
 
 fn caps_and_wide_heads_agree(device: &Device) {
     let wide = AttentionParameters { key_width: 64, value_width: 100, scale: 0.3, ..attention::PLAIN };
-    attention_agrees(device, AttentionParameters { softcap: Some(0.7), ..wide }, CAUSAL, false);
+    attention_agrees(device, AttentionParameters { softcap: Some(0.7), ..wide }, MaskKind::CAUSAL, false);
 }
 
 fn chunks_and_all_keys_agree(device: &Device) {
     let odd = AttentionParameters { query_heads: 3, key_value_heads: 3, ..attention::PLAIN };
-    attention_agrees(device, odd, MaskKind { chunk: Some(2), ..CAUSAL }, true);
+    attention_agrees(device, odd, MaskKind { chunk: Some(2), ..MaskKind::CAUSAL }, true);
     let few = AttentionParameters { query_heads: 2, key_value_heads: 1, ..attention::PLAIN };
-    attention_agrees(device, few, MaskKind { sees_ahead: true, ..CAUSAL }, false);
+    attention_agrees(device, few, MaskKind { sees_ahead: true, ..MaskKind::CAUSAL }, false);
 }
 
 fn choices_of_experts_agree(device: &Device) {
@@ -302,16 +300,16 @@ fn choices_of_keys_agree(device: &Device) {
     for &dtype in types(device) {
         for sizes in [[1, 1, 1], [2, 33, 2], [4, 64, 4], [5, 100, 6], [3, 12, 99]] {
             check(device, &format!("choice {sizes:?}"), dtype, &|inputs| {
-                attention::choice(inputs, CAUSAL, sizes)
+                attention::choice(inputs, MaskKind::CAUSAL, sizes)
             });
         }
         let parameters = AttentionParameters { value_width: 5, ..attention::PLAIN };
-        let work = |inputs: &Inputs<'_>| attention::attend_chosen(inputs, &parameters, CAUSAL);
+        let work = |inputs: &Inputs<'_>| attention::attend_chosen(inputs, &parameters, MaskKind::CAUSAL);
         check(device, "attention to chosen keys", dtype, &work);
     }
     let (capped, near) = (
         AttentionParameters { softcap: Some(0.9), ..attention::PLAIN },
-        MaskKind { window: Some(4), ..CAUSAL },
+        MaskKind { window: Some(4), ..MaskKind::CAUSAL },
     );
     check(device, "choice in a window", DType::F32, &|inputs| attention::choice(inputs, near, [3, 8, 2]));
     check(device, "chosen keys in a window", DType::F32, &|inputs| {

@@ -19,6 +19,9 @@ pub struct MaskKind {
 }
 
 impl MaskKind {
+    /// The default: a token sees all keys up to its own.
+    pub const CAUSAL: Self = Self { window: None, chunk: None, sees_ahead: false };
+
     /// Refuses what shows nothing.
     pub(crate) fn check(&self, device: &Device) -> Result<()> {
         let refuse = |reason: &str| {

@@ -233,7 +233,7 @@ mod tests {
         let kinds =
             [(Some(7), None), (Some(700), None), (None, Some(24)), (Some(5), Some(600)), (None, None)];
         for (window, chunk) in kinds {
-            let kind = MaskKind { window, chunk, ..MaskKind::default() };
+            let kind = MaskKind { window, chunk, ..MaskKind::CAUSAL };
             let mut span = Span { kind, first: 0, room: 0 };
             let (mut next, mut moves) = (0, 0);
             for count in [300, 512, 512, 9].into_iter().chain(std::iter::repeat_n(1, 4000)) {
@@ -253,7 +253,7 @@ mod tests {
         }
         // A limit that no number of rows can reach.
         let span =
-            Span { kind: MaskKind { window: Some(usize::MAX), ..MaskKind::default() }, first: 0, room: 0 };
+            Span { kind: MaskKind { window: Some(usize::MAX), ..MaskKind::CAUSAL }, first: 0, room: 0 };
         assert_eq!(span.grown(0, 10, 10).0.room, GROWTH);
     }
 }

@@ -63,7 +63,7 @@ fn queries_of_latent_vectors_see_what_expanded_heads_show(device: &Device) {
             softcap: None,
         };
         let segments = [Segment { query_start: 0, query_length: tokens, key_start: 0, key_length: keys }];
-        let expected = reference::attention(&plain, MaskKind::default(), &segments, [&q, &k, &v, &[]]);
+        let expected = reference::attention(&plain, MaskKind::CAUSAL, &segments, [&q, &k, &v, &[]]);
 
         let frozen = |shape: &[usize], values: &[f64]| weight(device, false, dtype, shape, values);
         let adapter = || Lora {
@@ -84,8 +84,7 @@ fn queries_of_latent_vectors_see_what_expanded_heads_show(device: &Device) {
         let held = constant(&[keys, 1, rank + turned], &latents);
         let width = rank + turned;
         let one = AttentionParameters { key_value_heads: 1, key_width: width, value_width: width, ..plain };
-        let mask =
-            AttentionMask::new(device, MaskKind::default(), Arc::new(segments), [tokens, keys]).unwrap();
+        let mask = AttentionMask::new(device, MaskKind::CAUSAL, Arc::new(segments), [tokens, keys]).unwrap();
         let out = ops::attention(&tape, &one, &mask, [&q, &held, &held], None).unwrap();
         let out = ops::split_heads(&tape, &out, &[rank, turned]).unwrap();
         let out = ops::expand_results(out[0].tensor(), &layer, [unturned, value]).unwrap();
@@ -113,16 +112,15 @@ fn wide_heads_agree_with_the_reference(device: &Device) {
     // A row of no document, then two documents of which some keys are held from before.
     let segments = [segment(1, 3, 2, 9), segment(4, 2, 11, 70)];
     let (tokens, keys) = (7, 81);
-    let causal = MaskKind::default();
     for (parameters, kind) in [
-        (wide_one, causal),
+        (wide_one, MaskKind::CAUSAL),
         (
             AttentionParameters { key_width: 300, value_width: 257, ..wide_one },
-            MaskKind { window: Some(5), ..causal },
+            MaskKind { window: Some(5), ..MaskKind::CAUSAL },
         ),
         (
             AttentionParameters { softcap: Some(0.8), value_width: 264, ..wide_one },
-            MaskKind { chunk: Some(4), ..causal },
+            MaskKind { chunk: Some(4), ..MaskKind::CAUSAL },
         ),
     ] {
         for (&dtype, chooses) in types(device).iter().flat_map(|dtype| [(dtype, false), (dtype, true)]) {

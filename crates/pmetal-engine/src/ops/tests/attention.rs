@@ -111,18 +111,15 @@ fn check(
     assert_gradients(&what, &function, &inputs, &d_y, &gradients, error);
 }
 
-/// Kinds of masks: of all keys before a token, of some of them, and of all keys.
-const CAUSAL: MaskKind = MaskKind { window: None, chunk: None, sees_ahead: false };
-
 fn windowed(keys: usize) -> MaskKind {
-    MaskKind { window: Some(keys), ..CAUSAL }
+    MaskKind { window: Some(keys), ..MaskKind::CAUSAL }
 }
 
 fn variants() -> Vec<(AttentionParameters, MaskKind, bool)> {
     vec![
-        (PLAIN, CAUSAL, false),
-        (PLAIN, MaskKind { sees_ahead: true, ..CAUSAL }, false),
-        (AttentionParameters { query_heads: 6, key_value_heads: 2, ..PLAIN }, CAUSAL, false),
+        (PLAIN, MaskKind::CAUSAL, false),
+        (PLAIN, MaskKind { sees_ahead: true, ..MaskKind::CAUSAL }, false),
+        (AttentionParameters { query_heads: 6, key_value_heads: 2, ..PLAIN }, MaskKind::CAUSAL, false),
         (
             AttentionParameters {
                 query_heads: 3,
@@ -131,13 +128,13 @@ fn variants() -> Vec<(AttentionParameters, MaskKind, bool)> {
                 value_width: 5,
                 ..PLAIN
             },
-            CAUSAL,
+            MaskKind::CAUSAL,
             true,
         ),
         (PLAIN, windowed(4), false),
         (PLAIN, windowed(1), true),
-        (PLAIN, MaskKind { chunk: Some(5), ..CAUSAL }, false),
-        (AttentionParameters { softcap: Some(0.7), scale: 1.3, ..PLAIN }, CAUSAL, false),
+        (PLAIN, MaskKind { chunk: Some(5), ..MaskKind::CAUSAL }, false),
+        (AttentionParameters { softcap: Some(0.7), scale: 1.3, ..PLAIN }, MaskKind::CAUSAL, false),
         (
             AttentionParameters { softcap: Some(1.5), query_heads: 4, key_width: 17, ..PLAIN },
             windowed(20),
@@ -181,8 +178,14 @@ fn tokens_of_no_segment_get_zeros_and_give_none(device: &Device) {
     let segments = [Segment { query_start: 2, query_length: 3, key_start: 2, key_length: 3 }];
     for &dtype in types(device) {
         let inputs = inputs(&PLAIN, 7, 7, false, dtype);
-        let Run { out, gradients } =
-            run(device, (&PLAIN, CAUSAL), &segments, dtype, &inputs, &numbers("d_y", 7 * 16, dtype));
+        let Run { out, gradients } = run(
+            device,
+            (&PLAIN, MaskKind::CAUSAL),
+            &segments,
+            dtype,
+            &inputs,
+            &numbers("d_y", 7 * 16, dtype),
+        );
         for values in [out].into_iter().chain(gradients.into_iter().flatten()) {
             assert!(
                 values[..2 * 16].iter().chain(&values[5 * 16..]).all(|&value| value == 0.0),
@@ -194,8 +197,14 @@ fn tokens_of_no_segment_get_zeros_and_give_none(device: &Device) {
 }
 
 fn no_tokens_need_no_attention(device: &Device) {
-    let Run { out, gradients } =
-        run(device, (&PLAIN, CAUSAL), &[], DType::F32, &inputs(&PLAIN, 0, 0, false, DType::F32), &[]);
+    let Run { out, gradients } = run(
+        device,
+        (&PLAIN, MaskKind::CAUSAL),
+        &[],
+        DType::F32,
+        &inputs(&PLAIN, 0, 0, false, DType::F32),
+        &[],
+    );
     assert!(out.is_empty() && gradients.into_iter().flatten().all(|gradient| gradient.is_empty()));
 }
 
@@ -203,11 +212,12 @@ fn documents_do_not_see_each_other(device: &Device) {
     let lengths = [(6, 6), (4, 4)];
     let inputs = inputs(&PLAIN, 10, 10, false, DType::F32);
     let d_y = numbers("d_y", 160, DType::F32);
-    let together = run(device, (&PLAIN, CAUSAL), &documents(&lengths), DType::F32, &inputs, &d_y);
+    let together = run(device, (&PLAIN, MaskKind::CAUSAL), &documents(&lengths), DType::F32, &inputs, &d_y);
     let part = |values: &[f64]| values[6 * 16..].to_vec();
     let second: Vec<_> =
         inputs.iter().map(|values| if values.is_empty() { vec![] } else { part(values) }).collect();
-    let alone = run(device, (&PLAIN, CAUSAL), &documents(&lengths[1..]), DType::F32, &second, &part(&d_y));
+    let alone =
+        run(device, (&PLAIN, MaskKind::CAUSAL), &documents(&lengths[1..]), DType::F32, &second, &part(&d_y));
     assert_close("second document", &part(&together.out), &alone.out, 1e-6);
     for (together, alone) in together.gradients.iter().zip(&alone.gradients).take(3) {
         assert_close("its gradient", &part(together.as_ref().unwrap()), alone.as_ref().unwrap(), 1e-6);
@@ -248,7 +258,7 @@ fn parameters_and_segments_that_do_not_fit_are_refused() {
             ops::attention(&Tape::off(), &p, &mask, [&q, &k, &k], Some(&sinks)).map(|_| ())
         };
     let whole = Segment { query_start: 0, query_length: 4, key_start: 0, key_length: 4 };
-    let plain = (PLAIN, CAUSAL);
+    let plain = (PLAIN, MaskKind::CAUSAL);
     attend(plain, whole, DType::F32, 2).unwrap();
     let outcomes = [
         attend(plain, Segment { query_start: 1, ..whole }, DType::F32, 2),
@@ -257,9 +267,9 @@ fn parameters_and_segments_that_do_not_fit_are_refused() {
     ];
     assert!(outcomes.iter().all(|outcome| matches!(outcome, Err(Error::Range { .. }))), "{outcomes:?}");
     let outcomes = [
-        attend((AttentionParameters { query_heads: 3, ..PLAIN }, CAUSAL), whole, DType::F32, 3),
+        attend((AttentionParameters { query_heads: 3, ..PLAIN }, MaskKind::CAUSAL), whole, DType::F32, 3),
         attend((PLAIN, windowed(0)), whole, DType::F32, 2),
-        attend((PLAIN, MaskKind { chunk: Some(0), ..CAUSAL }), whole, DType::F32, 2),
+        attend((PLAIN, MaskKind { chunk: Some(0), ..MaskKind::CAUSAL }), whole, DType::F32, 2),
     ];
     assert!(outcomes.iter().all(|outcome| matches!(outcome, Err(Error::Unsupported { .. }))), "{outcomes:?}");
     assert!(matches!(attend(plain, whole, DType::F32, 1), Err(Error::Shape { .. })));

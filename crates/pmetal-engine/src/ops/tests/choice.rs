@@ -14,8 +14,6 @@ on_every_device! {
     zeros_of_both_signs_are_equal_and_no_number_is_the_lowest,
 }
 
-const CAUSAL: MaskKind = MaskKind { window: None, chunk: None, sees_ahead: false };
-
 const PLAIN: AttentionParameters = AttentionParameters {
     query_heads: 2,
     key_value_heads: 2,
@@ -88,7 +86,7 @@ fn the_best_keys_are_chosen(device: &Device) {
     for lengths in LENGTHS {
         let (segments, rows) = documents(lengths);
         for (window, count) in [(None, 1), (None, 4), (Some(6), 3), (None, 100)] {
-            let kind = MaskKind { window, ..CAUSAL };
+            let kind = MaskKind { window, ..MaskKind::CAUSAL };
             let mask = AttentionMask::new(device, kind, Arc::clone(&segments), rows).unwrap();
             for &dtype in types(device) {
                 let indexer = Indexer::new(device, dtype, rows, [3, 33], |value| value);
@@ -114,11 +112,11 @@ fn the_best_keys_are_chosen(device: &Device) {
 fn of_equal_scores_the_first_keys_are_chosen(device: &Device) {
     for lengths in LENGTHS {
         let (segments, rows) = documents(lengths);
-        let mask = AttentionMask::new(device, CAUSAL, Arc::clone(&segments), rows).unwrap();
+        let mask = AttentionMask::new(device, MaskKind::CAUSAL, Arc::clone(&segments), rows).unwrap();
         for (&dtype, count) in types(device).iter().flat_map(|dtype| [1, 5, 17].map(|count| (dtype, count))) {
             let indexer = Indexer::new(device, dtype, rows, [2, 3], f64::round);
             let chosen = keys_of(&indexer.choose(&mask, count));
-            let expected = indexer.best(CAUSAL, &segments, count);
+            let expected = indexer.best(MaskKind::CAUSAL, &segments, count);
             let mut equal = false;
             for (chosen, expected) in chosen.into_iter().zip(expected) {
                 equal |= expected.windows(2).any(|pair| pair[0].1 == pair[1].1);
@@ -133,7 +131,7 @@ fn of_equal_scores_the_first_keys_are_chosen(device: &Device) {
 
 fn zeros_of_both_signs_are_equal_and_no_number_is_the_lowest(device: &Device) {
     let (segments, rows) = documents(&[(6, 1)]);
-    let mask = AttentionMask::new(device, CAUSAL, segments, rows).unwrap();
+    let mask = AttentionMask::new(device, MaskKind::CAUSAL, segments, rows).unwrap();
     let tensor = |shape: &[usize], values: &[f64]| tensor(device, DType::F32, shape, values);
     let q = tensor(&[2, 1, 1], &[1.0, 1.0]);
     let plain = [-1.0, 2.0, -1.0, -1.0, 1.0, -1.0, 9.0];
@@ -160,11 +158,11 @@ fn zeros_of_both_signs_are_equal_and_no_number_is_the_lowest(device: &Device) {
 fn many_keys_are_chosen_from(device: &Device) {
     let keys = if is_slow(device) { 9000 } else { 20_000 };
     let (segments, rows) = documents(&[(keys, 2)]);
-    let mask = AttentionMask::new(device, CAUSAL, Arc::clone(&segments), rows).unwrap();
+    let mask = AttentionMask::new(device, MaskKind::CAUSAL, Arc::clone(&segments), rows).unwrap();
     let indexer = Indexer::new(device, DType::F32, rows, [1, 2], |value| (value * 4.0).round());
     for count in [1, 700, keys - 1] {
         let chosen = keys_of(&indexer.choose(&mask, count));
-        for (chosen, expected) in chosen.into_iter().zip(indexer.best(CAUSAL, &segments, count)) {
+        for (chosen, expected) in chosen.into_iter().zip(indexer.best(MaskKind::CAUSAL, &segments, count)) {
             let mut expected: Vec<usize> = expected.into_iter().map(|(key, _)| key).collect();
             expected.sort_unstable();
             assert!(chosen == expected, "{count} of {keys} keys");
@@ -216,27 +214,27 @@ fn attention_to_chosen_keys_and_its_gradients_agree_with_the_reference(device: &
     let capped = AttentionParameters { softcap: Some(0.7), ..PLAIN };
     // Heads that kernels on matrix units would take.
     let even = AttentionParameters { key_width: 64, value_width: 64, ..PLAIN };
-    let near = MaskKind { window: Some(9), ..CAUSAL };
+    let near = MaskKind { window: Some(9), ..MaskKind::CAUSAL };
     type Case<'a> = (AttentionParameters, MaskKind, &'a [(usize, usize)], usize, DType);
     let cases: [Case<'_>; 9] = [
-        (even, CAUSAL, &[(30, 30), (9, 9)], 3, DType::Bf16),
-        (even, CAUSAL, &[(60, 1)], 7, DType::Bf16),
-        (PLAIN, CAUSAL, &[(1, 1)], 1, DType::F32),
-        (PLAIN, CAUSAL, &[(9, 9), (12, 12)], 1, DType::F32),
-        (wide, CAUSAL, &[(13, 13), (1, 1), (20, 20)], 3, DType::F32),
+        (even, MaskKind::CAUSAL, &[(30, 30), (9, 9)], 3, DType::Bf16),
+        (even, MaskKind::CAUSAL, &[(60, 1)], 7, DType::Bf16),
+        (PLAIN, MaskKind::CAUSAL, &[(1, 1)], 1, DType::F32),
+        (PLAIN, MaskKind::CAUSAL, &[(9, 9), (12, 12)], 1, DType::F32),
+        (wide, MaskKind::CAUSAL, &[(13, 13), (1, 1), (20, 20)], 3, DType::F32),
         (capped, near, &[(19, 19), (6, 6)], 4, DType::F32),
-        (wide, CAUSAL, &[(7, 7)], 50, DType::Bf16),
-        (wide, CAUSAL, &[(37, 37), (11, 11)], 5, DType::Bf16),
+        (wide, MaskKind::CAUSAL, &[(7, 7)], 50, DType::Bf16),
+        (wide, MaskKind::CAUSAL, &[(37, 37), (11, 11)], 5, DType::Bf16),
         // Few queries of many keys.
-        (wide, CAUSAL, &[(120, 3), (40, 2)], 6, DType::F32),
+        (wide, MaskKind::CAUSAL, &[(120, 3), (40, 2)], 6, DType::F32),
     ];
     for (p, kind, lengths, count, dtype) in cases {
         compare(device, (&p, kind), lengths, count, dtype);
     }
     if !is_slow(device) {
         // Blocks of queries that look at no key of some blocks of keys.
-        compare(device, (&PLAIN, CAUSAL), &[(230, 230), (50, 50)], 2, DType::F32);
-        compare(device, (&wide, CAUSAL), &[(130, 130)], 60, DType::Bf16);
+        compare(device, (&PLAIN, MaskKind::CAUSAL), &[(230, 230), (50, 50)], 2, DType::F32);
+        compare(device, (&wide, MaskKind::CAUSAL), &[(130, 130)], 60, DType::Bf16);
     }
 }
 
@@ -265,7 +263,7 @@ fn compare(
 
 fn a_choice_of_all_keys_changes_nothing(device: &Device) {
     let (segments, rows) = documents(&[(20, 20), (7, 7)]);
-    let mask = AttentionMask::new(device, CAUSAL, segments, rows).unwrap();
+    let mask = AttentionMask::new(device, MaskKind::CAUSAL, segments, rows).unwrap();
     let choice = Indexer::new(device, DType::F32, rows, [2, 5], |value| value).choose(&mask, 20);
     let inputs = attention_inputs(&PLAIN, rows, DType::F32);
     let all = attend(device, &PLAIN, &mask, DType::F32, &inputs);
@@ -278,7 +276,7 @@ fn a_choice_has_the_same_bits_everywhere() {
     assert_same_bits_everywhere("choice of keys", &|| {
         let device = Device::cpu();
         let (segments, rows) = documents(&[(100, 100), (40, 40)]);
-        let mask = AttentionMask::new(&device, CAUSAL, segments, rows).unwrap();
+        let mask = AttentionMask::new(&device, MaskKind::CAUSAL, segments, rows).unwrap();
         let choice = Indexer::new(&device, DType::F32, rows, [4, 20], |value| value).choose(&mask, 9);
         let inputs = attention_inputs(&PLAIN, rows, DType::F32);
         let (out, gradients) =
@@ -295,7 +293,7 @@ fn a_choice_has_the_same_bits_everywhere() {
 fn inputs_that_do_not_fit_a_choice_are_refused() {
     let device = Device::cpu();
     let (segments, rows) = documents(&[(3, 3)]);
-    let mask = AttentionMask::new(&device, CAUSAL, segments, rows).unwrap();
+    let mask = AttentionMask::new(&device, MaskKind::CAUSAL, segments, rows).unwrap();
     let zeros = |dtype, shape: &[usize]| Tensor::zeros(&device, Category::Workspace, dtype, shape).unwrap();
     let choose = |q: &[usize], k: &[usize], weights: &[usize], types: [DType; 3], count| {
         let (q, k, weights) = (zeros(types[0], q), zeros(types[1], k), zeros(types[2], weights));
@@ -318,6 +316,6 @@ fn inputs_that_do_not_fit_a_choice_are_refused() {
     let outcome = choose(&narrow, &[4, 3], &[4, 2], all, 0);
     assert!(matches!(outcome, Err(Error::Unsupported { .. })), "{outcome:?}");
     let (segments, rows) = documents(&[(4, 4)]);
-    let other = AttentionMask::new(&device, CAUSAL, segments, rows).unwrap();
+    let other = AttentionMask::new(&device, MaskKind::CAUSAL, segments, rows).unwrap();
     assert!(matches!(other.with_choice(&choice), Err(Error::Shape { .. })));
 }

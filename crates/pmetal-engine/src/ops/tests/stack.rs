@@ -149,7 +149,7 @@ impl Block {
         drop(normed);
         let rows = [TOKENS, TOKENS];
         let mask =
-            AttentionMask::new(q.tensor().device(), MaskKind::default(), Arc::clone(&self.segments), rows)?;
+            AttentionMask::new(q.tensor().device(), MaskKind::CAUSAL, Arc::clone(&self.segments), rows)?;
         let attended = ops::attention(tape, &ATTENTION, &mask, [&q, &k, &v], None)?;
         let middle = self.linear(tape, &attended, 3, Some(x))?;
         let normed = ops::rms_norm(tape, &middle, Some(&self.norms[1]), NormWeight::Plain, EPSILON)?;
@@ -174,7 +174,7 @@ fn reference_block(x: &[f64], values: &[Vec<f64>]) -> Vec<f64> {
     let normed = reference::rms_norm(x, &values[0], WIDTH, NormWeight::Plain, epsilon);
     let q = reference::rms_norm(&linear(&normed, 0, &[]), &values[2], 6, NormWeight::PlusOne, epsilon);
     let (q, k, v) = (rope(&q, 4), rope(&linear(&normed, 1, &[]), 2), linear(&normed, 2, &[]));
-    let attended = reference::attention(&ATTENTION, MaskKind::default(), &segments(), [&q, &k, &v, &[]]);
+    let attended = reference::attention(&ATTENTION, MaskKind::CAUSAL, &segments(), [&q, &k, &v, &[]]);
     let middle = linear(&attended, 3, x);
     let normed = reference::rms_norm(&middle, &values[1], WIDTH, NormWeight::Plain, epsilon);
     let gated = reference::gated(GateActivation::Silu, &linear(&normed, 4, &[]), &linear(&normed, 5, &[]));

@@ -25,8 +25,6 @@ struct Case {
     has_sinks: bool,
 }
 
-const CAUSAL: MaskKind = MaskKind { window: None, chunk: None, sees_ahead: false };
-
 const PLAIN: AttentionParameters = AttentionParameters {
     query_heads: 3,
     key_value_heads: 1,
@@ -55,9 +53,9 @@ fn case(
 fn cases() -> Vec<Case> {
     let wide =
         AttentionParameters { query_heads: 4, key_value_heads: 2, key_width: 64, value_width: 48, ..PLAIN };
-    let (plain, wide) = ((PLAIN, CAUSAL), (wide, CAUSAL));
-    let windowed = |keys| MaskKind { window: Some(keys), ..CAUSAL };
-    let chunked = MaskKind { chunk: Some(50), ..CAUSAL };
+    let (plain, wide) = ((PLAIN, MaskKind::CAUSAL), (wide, MaskKind::CAUSAL));
+    let windowed = |keys| MaskKind { window: Some(keys), ..MaskKind::CAUSAL };
+    let chunked = MaskKind { chunk: Some(50), ..MaskKind::CAUSAL };
     let capped = |cap| AttentionParameters { softcap: Some(cap), ..PLAIN };
     vec![
         case("causal", plain, &[(1, 1), (37, 37), (230, 230)], false),
@@ -71,14 +69,19 @@ fn cases() -> Vec<Case> {
             &[(230, 230)],
             false,
         ),
-        case("softcap", (capped(1.5), CAUSAL), &[(130, 130)], false),
+        case("softcap", (capped(1.5), MaskKind::CAUSAL), &[(130, 130)], false),
         case("sinks", plain, &[(110, 110), (3, 3)], true),
         case("sinks, softcap and window", (capped(2.0), windowed(37)), &[(140, 140)], true),
         case("queries after a prefix", plain, &[(20, 130), (100, 117)], false),
         case("few queries with many keys", plain, &[(1, 301), (8, 97), (3, 3)], false),
         case("few queries, window and sinks", (PLAIN, windowed(37)), &[(2, 301), (5, 41)], true),
         case("few queries, chunk and softcap", (capped(1.0), chunked), &[(8, 121)], false),
-        case("not causal", (wide.0, MaskKind { sees_ahead: true, ..CAUSAL }), &[(70, 101), (120, 30)], false),
+        case(
+            "not causal",
+            (wide.0, MaskKind { sees_ahead: true, ..MaskKind::CAUSAL }),
+            &[(70, 101), (120, 30)],
+            false,
+        ),
         case("queries that see nothing", plain, &[(30, 12), (8, 2), (120, 0)], false),
         case("queries that see only sinks", plain, &[(30, 12), (4, 0)], true),
     ]
@@ -312,9 +315,9 @@ fn gradients_agree_with_finite_differences() {
     let small =
         AttentionParameters { query_heads: 2, key_value_heads: 1, key_width: 5, value_width: 3, ..PLAIN };
     let capped = AttentionParameters { softcap: Some(1.2), ..small };
-    let near = MaskKind { window: Some(6), ..CAUSAL };
+    let near = MaskKind { window: Some(6), ..MaskKind::CAUSAL };
     for case in [
-        case("small", (small, CAUSAL), &[(9, 12), (4, 4)], true),
+        case("small", (small, MaskKind::CAUSAL), &[(9, 12), (4, 4)], true),
         case("capped", (capped, near), &[(10, 10)], true),
     ] {
         let mut tensors = case.tensors();
@@ -352,7 +355,7 @@ fn gradients_agree_with_finite_differences() {
 
 #[test]
 fn documents_do_not_touch_each_other() {
-    let case = case("documents", (PLAIN, CAUSAL), &[(100, 100), (150, 150), (7, 90)], true);
+    let case = case("documents", (PLAIN, MaskKind::CAUSAL), &[(100, 100), (150, 150), (7, 90)], true);
     let mut tensors = case.tensors();
     let before = compute(SimdLevel::current(), 1, &case, &tensors);
     let (segment, p) = (case.segments[1], case.p);

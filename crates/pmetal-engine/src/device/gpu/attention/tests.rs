@@ -38,11 +38,9 @@ struct Case {
     dtype: DType,
 }
 
-const CAUSAL: MaskKind = MaskKind { window: None, chunk: None, sees_ahead: false };
-
 const CASE: Case = Case {
     parameters: PLAIN,
-    kind: CAUSAL,
+    kind: MaskKind::CAUSAL,
     lengths: &[(150, 150), (97, 97), (61, 61)],
     gap: 0,
     sinks: false,
@@ -427,7 +425,7 @@ fn many_narrow_heads_agree_with_the_reference() {
 fn windows_and_caps_agree_with_the_reference() {
     let parameters =
         AttentionParameters { query_heads: 4, key_width: 96, value_width: 96, softcap: Some(2.0), ..PLAIN };
-    let kind = MaskKind { window: Some(37), ..CAUSAL };
+    let kind = MaskKind { window: Some(37), ..MaskKind::CAUSAL };
     check(&Case { parameters, kind, sinks: true, ..CASE }, &[Like::Itself, Like::A100]);
 }
 
@@ -435,7 +433,7 @@ fn windows_and_caps_agree_with_the_reference() {
 fn chunks_of_the_widest_heads_agree_with_the_reference() {
     let parameters =
         AttentionParameters { query_heads: 4, key_width: 256, value_width: 256, scale: 0.1, ..PLAIN };
-    let kind = MaskKind { chunk: Some(64), ..CAUSAL };
+    let kind = MaskKind { chunk: Some(64), ..MaskKind::CAUSAL };
     check(&Case { parameters, kind, ..CASE }, &[Like::Itself, Like::A100, Like::Small]);
 }
 
@@ -470,7 +468,7 @@ fn widths_between_the_sizes_of_tiles_agree_with_the_reference() {
 
 #[test]
 fn half_precision_without_order_agrees_with_the_reference() {
-    let kind = MaskKind { sees_ahead: true, ..CAUSAL };
+    let kind = MaskKind { sees_ahead: true, ..MaskKind::CAUSAL };
     check(&Case { kind, dtype: DType::F16, sinks: true, ..CASE }, &[Like::Itself, Like::A100]);
 }
 
@@ -486,7 +484,7 @@ fn few_queries_over_many_keys_agree_with_the_reference() {
     let parameters = AttentionParameters { query_heads: 20, key_value_heads: 1, ..PLAIN };
     check(&Case { parameters, lengths: &[(777, 5)], sinks: true, ..CASE }, &[Like::Itself]);
     let parameters = AttentionParameters { key_width: 72, softcap: Some(3.0), ..PLAIN };
-    let kind = MaskKind { window: Some(100), ..CAUSAL };
+    let kind = MaskKind { window: Some(100), ..MaskKind::CAUSAL };
     let lengths = &[(300, 1), (41, 1), (1, 1), (512, 1), (99, 1), (64, 1), (17, 1), (30, 1), (80, 1)];
     check(&Case { parameters, kind, lengths, gap: 1, ..CASE }, &[Like::Itself, Like::A100]);
 }

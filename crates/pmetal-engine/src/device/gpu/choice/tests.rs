@@ -61,7 +61,7 @@ impl Case {
             segment
         });
         let segments: Arc<[Segment]> = segments.collect();
-        let kind = MaskKind { window: self.window, ..MaskKind::default() };
+        let kind = MaskKind { window: self.window, ..MaskKind::CAUSAL };
         AttentionMask::new(device, kind, segments, [query_start, key_start]).unwrap()
     }
 

@@ -17,11 +17,11 @@ const GREEDY: SampleOptions = SampleOptions {
 
 /// All keys, a window, a chunk that ends between two steps, and both, of which one or the other leaves fewer keys.
 const KINDS: [MaskKind; 5] = [
-    MaskKind { window: None, chunk: None, sees_ahead: false },
-    MaskKind { window: Some(6), chunk: None, sees_ahead: false },
-    MaskKind { window: None, chunk: Some(3), sees_ahead: false },
-    MaskKind { window: Some(6), chunk: Some(5), sees_ahead: false },
-    MaskKind { window: Some(2), chunk: Some(5), sees_ahead: false },
+    MaskKind::CAUSAL,
+    MaskKind { window: Some(6), ..MaskKind::CAUSAL },
+    MaskKind { chunk: Some(3), ..MaskKind::CAUSAL },
+    MaskKind { window: Some(6), chunk: Some(5), ..MaskKind::CAUSAL },
+    MaskKind { window: Some(2), chunk: Some(5), ..MaskKind::CAUSAL },
 ];
 
 fn every_option() -> Vec<SampleOptions> {
@@ -102,7 +102,7 @@ fn many_logits_are_drawn_by_their_weights() {
         let values = logits(kind, 3, vocabulary);
         let options = SampleOptions { temperature: 1.0, top_k: 900, top_p: 0.8, ..GREEDY };
         let tensor = Tensor::from_slice(&device, Category::Workspace, &[1, vocabulary], &values).unwrap();
-        let mut cursor = Cursor::new(&device, &[MaskKind::default()]).unwrap();
+        let mut cursor = Cursor::new(&device, &[MaskKind::CAUSAL]).unwrap();
         cursor.place((0, 0), &[0], 0, None).unwrap();
         sample(&tensor, &options, &cursor).unwrap();
         assert_eq!(cursor.chosen(0, 1).unwrap(), [choose(&values, None, 0, &options)], "kind {kind}");
@@ -119,7 +119,7 @@ fn logits_that_are_not_fit_are_told() {
         let mut values = vec![if bad.is_nan() { 1.0 } else { f32::NEG_INFINITY }; 3000];
         values[2500] = bad;
         let tensor = Tensor::from_slice(&device, Category::Workspace, &[1, 3000], &values).unwrap();
-        let mut cursor = Cursor::new(&device, &[MaskKind::default()]).unwrap();
+        let mut cursor = Cursor::new(&device, &[MaskKind::CAUSAL]).unwrap();
         cursor.place((9, 0), &[0], 1023, None).unwrap();
         sample(&tensor, &options, &cursor).unwrap();
         assert_eq!(choose(&values, None, 1023, &options), None);
@@ -131,9 +131,9 @@ fn logits_that_are_not_fit_are_told() {
 #[test]
 fn more_tokens_than_are_remembered_are_refused() {
     let Some(device) = emulated(8) else { return };
-    let cursor = Cursor::new(&device, &[MaskKind::default()]).unwrap();
+    let cursor = Cursor::new(&device, &[MaskKind::CAUSAL]).unwrap();
     assert!(cursor.chosen(0, Cursor::MOST_CHOSEN + 1).is_err());
-    assert!(Cursor::new(&Device::cpu(), &[MaskKind::default()]).is_err());
+    assert!(Cursor::new(&Device::cpu(), &[MaskKind::CAUSAL]).is_err());
     let mut cursor = Cursor::new(&device, &KINDS).unwrap();
     let gone = cursor.place((0, 10), &[0, 0, 10, 0, 0], 0, None).unwrap_err().to_string();
     assert!(gone.contains("first token of a cache"), "{gone}");
