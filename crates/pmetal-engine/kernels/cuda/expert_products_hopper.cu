@@ -170,16 +170,9 @@ extern "C" __global__ void __launch_bounds__(384, 1) multiply_expert_tiles_hoppe
         if (item.rows == 0) continue;
         float sums[OWN_COLUMNS / 2];
         int before = 0;
-        // Nothing of a short tile may be this warpgroup's.
-        bool is_idle = own_row >= item.rows;
         for (int step = 0; step < steps.all; ++step) {
             barrier_wait(base + FULL_AT + place.slot * 8, place.parity);
             u32 stage = base + place.slot * STAGE_BYTES, left_tile = stage + own_row * 128;
-            if (is_idle) {
-                if (lane == 0) barrier_arrive(base + EMPTY_AT + place.slot * 8);
-                place.advance();
-                continue;
-            }
             wgmma_fence();
             // 64 columns and 64 turned rows take as many bytes.
             u32 right_tile = stage + LEFT_BYTES + own_column * 128;
@@ -196,7 +189,6 @@ extern "C" __global__ void __launch_bounds__(384, 1) multiply_expert_tiles_hoppe
             before = place.slot;
             place.advance();
         }
-        if (is_idle) continue;
         wgmma_wait<0>();
         pin(sums);
         if (lane == 0) barrier_arrive(base + EMPTY_AT + before * 8);

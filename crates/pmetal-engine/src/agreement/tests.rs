@@ -381,6 +381,7 @@ fn the_self_test_passes(device: &Device) {
 #[test]
 fn a_wrong_kernel_fails_the_test_of_its_group_alone() {
     let Some(device) = emulator(1) else { return };
+    let mut unnoticed = Vec::new();
     for (group, right, wrong) in [
         ("embeddings", "sum += scale * widen(d_out", "sum += widen(d_out"),
         ("norms", "(squares / (float)width + epsilon", "(squares / (float)(width + 1) + epsilon"),
@@ -393,23 +394,19 @@ fn a_wrong_kernel_fails_the_test_of_its_group_alone() {
         ("attention", "j = next_key(chosen, j + 1, end)", "++j"),
         ("attention", "if (chosen && !(chosen[", "if (0 && !(chosen["),
         ("attention", "slope) - top) * share", "slope) - top)"),
-        ("activations", "slope = gate * (1.0f + x * (1.0f - gate))", "slope = gate"),
+        ("activations", "= d.v[j] * u.v[j] * slope", "= d.v[j] * slope"),
         ("rows", "x + (ulong64)indices[GROUP_X] * pitch", "x + (ulong64)GROUP_X * pitch"),
-        ("heads", "head < heads; ++head", "head < heads - 1; ++head"),
+        ("heads", "head < heads; ++head) sum += widen(x", "head < heads - 1; ++head) sum += widen(x"),
         ("heads", "head * rows + first + n", "head * rows + n"),
         ("heads", "parts[0][i] + parts[1][i]", "parts[0][i]"),
         (
             "convolutions",
-            "waiting[TAPS - 1 - tap] += factors[tap] * slope",
-            "waiting[TAPS - 1 - tap] += factors[TAPS - 1 - tap] * slope",
+            "waiting[TAPS - 1 - tap].v[c] += taps.factors[tap].v[c] * slope",
+            "waiting[TAPS - 1 - tap].v[c] += taps.factors[TAPS - 1 - tap].v[c] * slope",
         ),
         ("delta rules", "sum -= tile[n * CHUNK + block + l] * scaled[l]", "sum -= 0.0f"),
         ("delta rules", "sums.v[i] -= product.v[i]", "sums.v[i] -= 0.0f"),
-        (
-            "delta rules",
-            "store_sums(HERE sums, future, start, count, heads, KEY_WIDTH, first, IS_LOSS)",
-            "continue",
-        ),
+        ("delta rules", "store_sums(HERE sums, future, start, count, heads, KEY_WIDTH, first)", "continue"),
         ("delta rules", "sums[i] = factor * own[HELD_PLACE(i)]", "sums[i] = own[HELD_PLACE(i)]"),
         ("delta rules", "held[n] += keys[s * PADDED + n * PARTS + part] * update;", ""),
         ("gated norms", "rounded(widen(x[i]) * scale)", "rounded(widen(x[i]))"),
@@ -430,8 +427,11 @@ fn a_wrong_kernel_fails_the_test_of_its_group_alone() {
         let mut failed: Vec<&str> =
             outcomes.iter().filter(|outcome| !outcome.passed()).map(|outcome| outcome.kernels).collect();
         failed.dedup();
-        assert_eq!(failed, [group], "with `{wrong}`");
+        if failed != [group] {
+            unnoticed.push(format!("with `{wrong}` in {group} these fail: {failed:?}"));
+        }
     }
+    assert!(unnoticed.is_empty(), "{}", unnoticed.join("\n"));
 }
 
 #[test]

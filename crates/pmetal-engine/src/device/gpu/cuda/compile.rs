@@ -113,11 +113,15 @@ impl Compiler {
         // SAFETY: the program is alive, and so are the options, as many as the call is told.
         let status =
             unsafe { (nvrtc.nvrtcCompileProgram)(program.handle, pointers.len() as i32, pointers.as_ptr()) };
-        if status != SUCCESS {
+        if status != SUCCESS || cfg!(test) {
             let log =
                 program.bytes(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog).unwrap_or_default();
             let log = String::from_utf8_lossy(&log);
-            return Err(failed(&call, log.trim_end_matches(['\0', '\n']).to_owned()));
+            // Right, but each product waits for the one before: a tenth of a mixture's step was lost to a branch around them.
+            let is_slow = log.contains("instructions are serialized");
+            if status != SUCCESS || is_slow {
+                return Err(failed(&call, log.trim_end_matches(['\0', '\n']).to_owned()));
+            }
         }
         let code = if self.target.portable {
             program.bytes(nvrtc.nvrtcGetPTXSize, nvrtc.nvrtcGetPTX)
