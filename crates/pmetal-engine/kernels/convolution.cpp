@@ -11,8 +11,8 @@
 // Tokens whose numbers a thread asks for at one time.
 #define AHEAD 8
 
-// Neighbouring channels of a thread: PAIRED says that rows begin where two elements can be read at once.
-#if PAIRED
+// Neighbouring channels of a thread: IN_PAIRS says that rows begin where two elements can be read at once.
+#if IN_PAIRS
 #define WIDTH 2
 #else
 #define WIDTH 1
@@ -21,7 +21,7 @@ struct Channels { float v[WIDTH]; };
 
 DEVICE Channels channels_at(const GLOBAL ELEMENT* from) {
     Channels out;
-#if PAIRED
+#if IN_PAIRS
     Two two = load_two(from);
     for (int c = 0; c < 2; ++c) out.v[c] = two.v[c];
 #else
@@ -31,7 +31,7 @@ DEVICE Channels channels_at(const GLOBAL ELEMENT* from) {
 }
 
 DEVICE void store_channels(Channels x, GLOBAL ELEMENT* to) {
-#if PAIRED
+#if IN_PAIRS
     Two two = {{x.v[0], x.v[1]}};
     store_two(two, to);
 #else

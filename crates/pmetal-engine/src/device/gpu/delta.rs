@@ -177,7 +177,7 @@ fn convolution(
         |x: &&Tensor| x.pitch().is_multiple_of(2) && x.address().is_multiple_of(2 * dtype.bytes() as u64);
     let paired = channels.is_multiple_of(2) && rows.all(in_pairs);
     let kernel =
-        Kernel::new("convolution", kernel).element(dtype).number("TAPS", taps).define("PAIRED", paired);
+        Kernel::new("convolution", kernel).element(dtype).number("TAPS", taps).define("IN_PAIRS", paired);
     (kernel, channels.div_ceil(if paired { 256 } else { 128 }))
 }
 
