@@ -268,10 +268,6 @@ INLINE void leave_sums(const float (&sums)[COUNT], int column, int lane_row, int
                 make_float2(sums[4 * n + 2 * half], sums[4 * n + 2 * half + 1]);
 }
 
-INLINE void synchronise_cluster() {
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-
 INLINE float4 load_from_block(u32 address, int rank) {
     float4 value;
     asm volatile("{\n.reg .u32 there;\nmapa.shared::cluster.u32 there, %4, %5;\n"

@@ -25,14 +25,10 @@ struct Level {
     INLINE float capped_by(float x) const { return CAPPED ? cap * tanhf(x * scale / cap) : x; }
     INLINE float over(float x, float top) const { return fmaf(capped_by(x), base, -top); }
     INLINE float left_of(float x) const {
-        if (!CAPPED) return 1.0f;
         float share = capped_by(x) / cap;
         return 1.0f - share * share;
     }
 };
-
-INLINE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
-INLINE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
 // To the same place in another block's shared memory.
 INLINE void store_two_at(u32 block, u32 address, float first, float second) {
@@ -95,8 +91,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(HOL
     sum = group_sum(largest == -INFINITE && sum == 0.0f ? 0.0f : sum * power_of_two(largest - top), scratch);
     cluster_wait();
     if (threadIdx.x < CLUSTER) store_two_at(threadIdx.x, shared_address(parts + blockIdx.x), top, sum);
-    cluster_arrive();
-    cluster_wait();
+    synchronise_cluster();
     top = -INFINITE;
     UNROLL for (int block = 0; block < CLUSTER; ++block) top = maximum(top, parts[block].x);
     sum = 0.0f;

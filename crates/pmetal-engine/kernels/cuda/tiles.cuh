@@ -16,6 +16,14 @@ typedef unsigned long long u64;
 // The one name of the dynamic shared memory: the Hopper texts need 1024-byte alignment for swizzled tiles.
 extern __shared__ __align__(1024) unsigned char dynamic_shared[];
 
+// All blocks of a cluster, on compute capability 9.0.
+INLINE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+INLINE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+INLINE void synchronise_cluster() {
+    cluster_arrive();
+    cluster_wait();
+}
+
 INLINE u32 shared_address(const void* pointer) { return (u32)__cvta_generic_to_shared(pointer); }
 
 // Byte offset of the 16-byte chunk `chunk` of row `row` in a tile of WIDTH 16-bit columns. The exclusive-or spreads

@@ -127,10 +127,6 @@ INLINE bool add_splits(float (&sums)[2][8][4], float* partials, u32* counters, i
 }
 
 #if CLUSTER > 1
-INLINE void synchronise_cluster() {
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-
 INLINE float load_from_block(u32 address, u32 rank) {
     float value;
     asm volatile("{\n.reg .u32 there;\nmapa.shared::cluster.u32 there, %1, %2;\nld.shared::cluster.f32 %0, [there];\n}\n"
