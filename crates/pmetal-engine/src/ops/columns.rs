@@ -74,23 +74,7 @@ impl Node {
             }
         });
         let parts = parts.collect::<Result<Vec<_>>>()?;
-        let whole =
-            if self.device.is_host() { self.put_together(parts)? } else { Tensor::join_columns(parts)? };
+        let whole = Tensor::join_columns(parts)?;
         gradients.add_with_codes(self.input_slot, whole, GradientCodes::of_all(&codes, &self.widths))
-    }
-
-    fn put_together(&self, parts: Vec<Tensor>) -> Result<Tensor> {
-        let columns = self.widths.iter().sum();
-        let shape = [self.tokens, 1, columns];
-        let mut whole = Tensor::scratch(&self.device, Category::Activations, self.dtype, &shape)?;
-        let mut first = 0;
-        for part in parts {
-            let width = part.columns();
-            let part = part.contiguous()?.reshape(&[self.tokens, 1, width])?;
-            let columns = HeadCopy::between(&part, &whole, [0, first], width);
-            self.device.kernels().copy_heads(&part, &mut whole, &columns);
-            first += width;
-        }
-        whole.reshape(&[self.tokens, columns])
     }
 }

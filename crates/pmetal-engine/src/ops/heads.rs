@@ -3,7 +3,8 @@
 use crate::device::HeadCopy;
 use crate::error::{Error, Result, expect_dtype, expect_shape};
 use crate::memory::Category;
-use crate::{Tape, Tensor, Var};
+use crate::tape::Gradients;
+use crate::{DType, Device, Tape, Tensor, Var};
 
 /// Every head of x \[T, H, sum of widths\] divided into parts \[T, H, width\], in order, copied.
 ///
@@ -14,63 +15,120 @@ use crate::{Tape, Tensor, Var};
 pub fn split_heads(tape: &Tape, x: &Var, widths: &[usize]) -> Result<Vec<Var>> {
     let [tokens, heads] = tokens_and_heads(x.tensor());
     let alone: Vec<&[usize]> = widths.chunks(1).collect();
-    let parts = ungroup_heads(tape, x, &alone)?;
+    let parts = ungroup_heads(tape, &[(x, &alone)])?;
     parts.into_iter().zip(widths).map(|(part, &width)| part.reshape(&[tokens, heads, width])).collect()
 }
 
-/// Every head of x \[T, H, sum of all widths\] divided into parts, and those of one array \[T, H * sum of its widths\] put side by
-/// side: the first part of all heads, then the second of all. Copied.
+/// For each x \[T, H, sum of all widths\] every head divided into parts, and those of one array \[T, H * sum of its widths\]
+/// put side by side: the first part of all heads, then the second of all. Copied.
 ///
-/// Arrays that nobody used count as zero in the gradient of x. Bytes: x twice, forward and backward.
+/// Arrays that nobody used count as zero in the gradient of x. Where all x are columns of one matrix, their gradients are as
+/// well. Bytes: each x twice, forward and backward.
 ///
 /// # Errors
-/// [`Error::Shape`] when x is not of that shape; out of memory.
-pub fn ungroup_heads(tape: &Tape, x: &Var, arrays: &[&[usize]]) -> Result<Vec<Var>> {
-    let input = x.tensor();
-    let [tokens, heads] = tokens_and_heads(input);
-    let shape = [tokens, heads, total("ungroup_heads", &arrays.concat())?];
-    expect_shape("ungroup_heads", "x", input.shape(), &shape)?;
-    let (device, dtype) = (input.device().clone(), input.dtype());
-    let mut copies = Vec::with_capacity(arrays.len());
-    let mut first = 0;
-    for widths in arrays {
-        let mut column = 0;
-        let to_parts = widths.iter().map(|&width| {
-            let copy = HeadCopy { heads, width, from: [first, shape[2]], to: [column, width] };
-            first += width;
-            column += heads * width;
-            copy
-        });
-        let own: Vec<HeadCopy> = to_parts.collect();
-        copies.push((column, own));
+/// [`Error::Shape`] when an x is not of that shape; out of memory.
+pub fn ungroup_heads(tape: &Tape, inputs: &[(&Var, &[&[usize]])]) -> Result<Vec<Var>> {
+    let all: Vec<&Tensor> = inputs.iter().map(|(x, _)| x.tensor()).collect();
+    let side_by_side = Tensor::are_side_by_side(&all);
+    let inputs = inputs.iter().map(|(x, arrays)| Ungrouped::new(x, arrays)).collect::<Result<Vec<_>>>()?;
+    let mut parts = Vec::new();
+    for (input, x) in inputs.iter().zip(all) {
+        input.divide(x, &mut parts)?;
     }
-    let array = |(columns, copies): &(usize, Vec<HeadCopy>)| {
-        let mut array = Tensor::scratch(&device, Category::Activations, dtype, &[tokens, *columns])?;
-        copies.iter().for_each(|copy| device.kernels().copy_heads(input, &mut array, copy));
-        Ok(array)
-    };
-    let parts = copies.iter().map(array).collect::<Result<Vec<_>>>()?;
-    let Some(input_slot) = x.slot() else { return Ok(parts.into_iter().map(Var::constant).collect()) };
+    if inputs.iter().all(|input| input.slot.is_none()) {
+        return Ok(parts.into_iter().map(Var::constant).collect());
+    }
     Ok(tape.push_all(parts, true, |slots| {
         Box::new(move |gradients| {
-            let arrived: Vec<Option<Tensor>> = slots.iter().map(|&slot| gradients.take(slot)).collect();
-            if arrived.iter().all(Option::is_none) {
-                return Ok(());
+            let mut slots = slots.into_iter();
+            let arrived: Vec<Vec<Option<Tensor>>> = inputs
+                .iter()
+                .map(|input| {
+                    slots.by_ref().take(input.arrays.len()).map(|slot| gradients.take(slot)).collect()
+                })
+                .collect();
+            let mut targets = Vec::new();
+            if side_by_side && arrived.iter().flatten().all(Option::is_some) {
+                let Ungrouped { device, dtype, shape, .. } = &inputs[0];
+                let widths: Vec<usize> = inputs.iter().map(|input| input.shape[1] * input.shape[2]).collect();
+                targets = Tensor::side_by_side((device, Category::Activations, *dtype), shape[0], &widths)?;
             }
-            let is_whole = arrived.iter().all(Option::is_some);
-            let create = if is_whole { Tensor::scratch } else { Tensor::zeros };
-            let mut d_x = create(&device, Category::Activations, dtype, &shape)?;
-            for (gradient, (columns, copies)) in arrived.into_iter().zip(copies) {
-                let Some(gradient) = gradient else { continue };
-                let gradient = gradient.reshape(&[tokens, columns])?;
-                for copy in copies {
-                    let back = HeadCopy { from: copy.to, to: copy.from, ..copy };
-                    device.kernels().copy_heads(&gradient, &mut d_x, &back);
-                }
+            let mut targets = targets.into_iter();
+            for (input, parts) in inputs.iter().zip(&arrived) {
+                input.put_together(parts, targets.next(), gradients)?;
             }
-            gradients.add(input_slot, d_x)
+            Ok(())
         })
     }))
+}
+
+/// One input of [`ungroup_heads`].
+struct Ungrouped {
+    device: Device,
+    dtype: DType,
+    /// Tokens, heads, and columns of a head.
+    shape: [usize; 3],
+    slot: Option<usize>,
+    /// Columns of each array, and where its parts come from.
+    arrays: Vec<(usize, Vec<HeadCopy>)>,
+}
+
+impl Ungrouped {
+    fn new(x: &Var, arrays: &[&[usize]]) -> Result<Self> {
+        let input = x.tensor();
+        let [tokens, heads] = tokens_and_heads(input);
+        let shape = [tokens, heads, total("ungroup_heads", &arrays.concat())?];
+        expect_shape("ungroup_heads", "x", input.shape(), &shape)?;
+        let (device, dtype) = (input.device().clone(), input.dtype());
+        let mut first = 0;
+        let array = |widths: &&[usize]| {
+            let mut column = 0;
+            let to_parts = widths.iter().map(|&width| {
+                let copy = HeadCopy { heads, width, from: [first, shape[2]], to: [column, width] };
+                first += width;
+                column += heads * width;
+                copy
+            });
+            let own: Vec<HeadCopy> = to_parts.collect();
+            (column, own)
+        };
+        let arrays = arrays.iter().map(array).collect();
+        Ok(Self { device, dtype, shape, slot: x.slot(), arrays })
+    }
+
+    fn divide(&self, x: &Tensor, parts: &mut Vec<Tensor>) -> Result<()> {
+        for (columns, copies) in &self.arrays {
+            let shape = [self.shape[0], *columns];
+            let mut array = Tensor::scratch(&self.device, Category::Activations, self.dtype, &shape)?;
+            copies.iter().for_each(|copy| self.device.kernels().copy_heads(x, &mut array, copy));
+            parts.push(array);
+        }
+        Ok(())
+    }
+
+    /// Hands the gradient of x on, in the memory of `target` if there is one.
+    fn put_together(
+        &self,
+        arrived: &[Option<Tensor>],
+        target: Option<Tensor>,
+        gradients: &mut Gradients,
+    ) -> Result<()> {
+        let Some(slot) = self.slot.filter(|_| arrived.iter().any(Option::is_some)) else { return Ok(()) };
+        let scratch = || Tensor::scratch(&self.device, Category::Activations, self.dtype, &self.shape);
+        let mut d_x = target.map_or_else(scratch, |target| target.reshape(&self.shape))?;
+        if arrived.iter().any(Option::is_none) {
+            d_x.fill_zero();
+        }
+        for (gradient, (columns, copies)) in arrived.iter().zip(&self.arrays) {
+            let Some(gradient) = gradient else { continue };
+            let gradient = gradient.clone().reshape(&[self.shape[0], *columns])?;
+            for copy in copies {
+                let back = HeadCopy { from: copy.to, to: copy.from, ..*copy };
+                self.device.kernels().copy_heads(&gradient, &mut d_x, &back);
+            }
+        }
+        gradients.add(slot, d_x)
+    }
 }
 
 /// Heads \[T, H, sum of E\] from parts \[T, H, E\], in order; a part \[T, 1, E\] is repeated for all heads, and its gradient is

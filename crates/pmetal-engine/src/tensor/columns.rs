@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::{Buffer, Memory, Tensor};
+use crate::device::HeadCopy;
 use crate::error::{Error, Result};
 use crate::memory::Category;
 use crate::{DType, Device};
@@ -230,13 +231,35 @@ impl Tensor {
             let (actual, expected) = (other.shape.clone(), vec![rows, width(other)]);
             return Err(Error::Shape { operation: "join_columns", what: "input", actual, expected });
         }
-        let joined = Self::scratch(first.device(), Category::Activations, first.dtype, &[rows, total])?;
-        let mut targets =
-            joined.split_columns(&all.iter().map(|tensor| width(tensor)).collect::<Vec<_>>())?;
-        for (target, source) in targets.iter_mut().zip(&all) {
-            target.copy_bytes(0, source);
+        let mut joined =
+            Self::scratch(first.device(), Category::Activations, first.dtype, &[rows, 1, total])?;
+        let mut column = 0;
+        for source in all {
+            let (width, source) =
+                (width(source), if source.is_host() { &source.contiguous()? } else { source });
+            let copy = HeadCopy { heads: 1, width, from: [0, 0], to: [column, 0] };
+            first.device().kernels().copy_heads(source, &mut joined, &copy);
+            column += width;
         }
-        Self::join_columns(targets)
+        joined.reshape(&[rows, total])
+    }
+
+    /// Whether the tensors are all columns of one matrix of a device, in order, such that [`Self::join_columns`] would not copy
+    /// what [`Self::side_by_side`] makes for them.
+    pub(crate) fn are_side_by_side(parts: &[&Self]) -> bool {
+        parts.len() > 1 && !parts[0].is_host() && Self::are_columns_of_one(parts)
+    }
+
+    /// Scratch matrices \[T, width\] divided from one.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`].
+    pub(crate) fn side_by_side(
+        (device, category, dtype): (&Device, Category, DType),
+        rows: usize,
+        widths: &[usize],
+    ) -> Result<Vec<Self>> {
+        Self::scratch(device, category, dtype, &[rows, widths.iter().sum()])?.split_columns(widths)
     }
 
     /// Scratch tensors of the shapes of `like`, divided from one matrix if those are.
@@ -256,11 +279,9 @@ impl Tensor {
         if like.len() < 2 || !Self::are_columns_of_one(like) {
             return like.iter().map(fresh).collect();
         }
-        let (device, dtype): (&Device, DType) = (like[0].device(), like[0].dtype);
         let rows = like[0].shape.first().copied().unwrap_or(1);
         let widths: Vec<usize> = like.iter().map(|tensor| tensor.shape[1..].iter().product()).collect();
-        let whole = Self::scratch(device, category, dtype, &[rows, widths.iter().sum()])?;
-        let parts = whole.split_columns(&widths)?;
+        let parts = Self::side_by_side((like[0].device(), category, like[0].dtype), rows, &widths)?;
         parts.into_iter().zip(like).map(|(part, like)| part.reshape(&like.shape)).collect()
     }
 

@@ -5,6 +5,7 @@ on_every_device! {
     heads_divided_and_put_together_agree_with_the_reference,
     heads_among_other_columns_are_divided_too,
     parts_of_all_heads_are_put_side_by_side,
+    gradients_of_columns_lie_side_by_side,
 }
 
 /// Heads \[T, H, E\] of parts, each with its heads (1 = for all) and its first column and width within its own heads.
@@ -110,7 +111,7 @@ fn parts_of_all_heads_are_put_side_by_side(device: &Device) {
             for (index, parts) in arrays.iter().enumerate() {
                 let tape = Tape::recording();
                 let x = tape.leaf(tensor(device, dtype, &[tokens, heads, own], &inputs[0]));
-                let results = ops::ungroup_heads(&tape, &x, &[&[a, b, c], &[d]]).unwrap();
+                let results = ops::ungroup_heads(&tape, &[(&x, &[&[a, b, c], &[d]])]).unwrap();
                 let function = |inputs: &[Vec<f64>]| -> Vec<f64> {
                     (0..tokens).flat_map(|token| side_by_side(inputs, token, parts)).collect()
                 };
@@ -123,6 +124,54 @@ fn parts_of_all_heads_are_put_side_by_side(device: &Device) {
                 assert_gradients(&what, &function, &inputs, &d_y, &ours, tolerance(dtype));
             }
         }
+    }
+}
+
+fn gradients_of_columns_lie_side_by_side(device: &Device) {
+    let (tokens, heads, widths) = (9, 2, [12, 16, 5]);
+    for &dtype in types(device) {
+        let columns = widths.map(|width| heads * width);
+        let total: usize = columns.iter().sum();
+        let tape = Tape::recording();
+        let x = tape.leaf(tensor(device, dtype, &[tokens, total], &numbers("x", tokens * total, dtype)));
+        let slot = x.slot().unwrap();
+        let parts = ops::split_columns(&tape, x, &columns).unwrap();
+        let parts: Vec<Var> = parts
+            .into_iter()
+            .zip(widths)
+            .map(|(part, width)| part.reshape(&[tokens, heads, width]).unwrap())
+            .collect();
+        let arrays: [&[&[usize]]; 3] = [&[&[4], &[8]], &[&[16]], &[&[2, 3]]];
+        let inputs: Vec<(&Var, &[&[usize]])> = parts.iter().zip(arrays).collect();
+        let alone = |part: Var| {
+            let shape = [tokens, 1, part.tensor().columns()];
+            part.reshape(&shape).unwrap()
+        };
+        let results: Vec<Var> = ops::ungroup_heads(&tape, &inputs).unwrap().into_iter().map(alone).collect();
+        let y = ops::join_heads(&tape, &results.iter().collect::<Vec<_>>()).unwrap();
+        let d_y = numbers("d_y", tokens * total, dtype);
+        let mut gradients = tape.backward(&y, tensor(device, dtype, y.tensor().shape(), &d_y)).unwrap();
+        let ours = wide(&gradients.take(slot).unwrap());
+        // Where each column of the result comes from.
+        let mut sources = Vec::new();
+        let mut first = 0;
+        for (arrays, width) in arrays.iter().zip(widths) {
+            let mut own = 0;
+            for &part in arrays.concat().iter() {
+                for head in 0..heads {
+                    sources.extend((0..part).map(|column| first + head * width + own + column));
+                }
+                own += part;
+            }
+            first += heads * width;
+        }
+        let mut expected = vec![0.0; tokens * total];
+        for token in 0..tokens {
+            for (column, source) in sources.iter().enumerate() {
+                expected[token * total + source] = d_y[token * total + column];
+            }
+        }
+        assert_eq!(ours, expected, "{dtype}");
     }
 }
 

@@ -248,14 +248,15 @@ impl Delta {
         let spec = &self.spec;
         let shared_by = spec.value_heads / spec.key_heads;
         let (key, value) = (spec.key_width, shared_by * spec.value_width);
-        let split = |x: Var, arrays: [&[usize]; 2]| -> Result<[Var; 2]> {
-            let x = x.reshape(&[tokens, spec.key_heads, arrays.concat().iter().sum()])?;
-            Ok(projected(ops::ungroup_heads(tape, &x, &arrays)?))
+        let heads = |x: Var| {
+            let columns = x.tensor().columns() / spec.key_heads;
+            x.reshape(&[tokens, spec.key_heads, columns])
         };
         let [both, steering] = grouped;
-        let [mixed, gate] = split(both, [&[key, key, value], &[value]])?;
-        let [beta, a] = split(steering, [&[shared_by], &[shared_by]])?;
-        Ok([mixed, gate, beta, a])
+        let (both, steering) = (heads(both)?, heads(steering)?);
+        let inputs: [(&Var, &[&[usize]]); 2] =
+            [(&both, &[&[key, key, value], &[value]]), (&steering, &[&[shared_by], &[shared_by]])];
+        Ok(projected(ops::ungroup_heads(tape, &inputs)?))
     }
 }
 
