@@ -177,12 +177,13 @@ fn visible_ranges(kind: MaskKind, segments: &[Segment], [tokens, keys]: [usize; 
             by_query[0].push((segment.key_start + keys.start) as i32);
             by_query[1].push((segment.key_start + keys.end) as i32);
         }
+        // Both ends of what is visible grow with the query, so that those who see a key are found by going on from the last.
+        let (mut start, mut end) = (0, 0);
         for key in 0..segment.key_length {
-            // Both ends of what is visible grow with the query.
-            let start = visible.partition_point(|keys| keys.end <= key);
-            let end = visible.partition_point(|keys| keys.start <= key).max(start);
+            start += visible[start..].iter().take_while(|keys| keys.end <= key).count();
+            end += visible[end..].iter().take_while(|keys| keys.start <= key).count();
             by_key[0].push((segment.query_start + start) as i32);
-            by_key[1].push((segment.query_start + end) as i32);
+            by_key[1].push((segment.query_start + end.max(start)) as i32);
         }
     }
     fill(&mut by_query, tokens);
