@@ -13,7 +13,9 @@
 // delta_gates_back  d_a, and adds to d_a_log and d_dt_bias where they are not null: sums of slopes from each token to the end
 //                   of its document, in a fixed order. Grid H, group 256
 // gated_norm        out = w * n * silu(gate), n being x / rms(x) rounded to ELEMENT; rows as those of rms_norm in norm.cpp.
-//                   A SIMD group takes a row. Grid ceil(rows / 4), group 128; bytes: three rows
+//                   LANES, 16 or 32, take a row, of which each holds VECTORS times eight columns. Grid ceil(LANES rows / 128),
+//                   group 128; bytes: three rows. ALIGNED: width, pitches and addresses are multiples of 8 elements and 16
+//                   bytes
 // gated_norm_back   d_x and d_gate, and 1 / rms to f32 scales [rows]. The same grid; bytes: five rows
 // gated_norm_sums   partial sums of the weight's gradient, f32 [parts, width]. Grid (ceil(width / 128), parts), group 128
 
@@ -24,7 +26,7 @@
 
 DEVICE float query_scale(uint depth) { return 1.0f / square_root((float)depth); }
 
-DEVICE float logistic(float x) { return 1.0f / (1.0f + exponential(-x)); }
+DEVICE float logistic(float x) { return reciprocal(1.0f + exponential(-x)); }
 
 // log(1 + e^x), which does not lose what is small.
 DEVICE float softplus(float x) {
@@ -181,27 +183,77 @@ DEVICE float inverse_rms(float squares, uint width, float epsilon) {
     return 1.0f / square_root(mean + epsilon);
 }
 
-DEVICE float rounded(float x) {
-    Eight one = {};
-    one.v[0] = x;
-    return unpacked(packed<ELEMENT>(one)).v[0];
+DEVICE Eight rounded(Eight x) { return unpacked(packed<ELEMENT>(x)); }
+
+// Eight elements of a row from a column on, zeros beyond its end.
+DEVICE Eight row_eight(const GLOBAL ELEMENT* row, uint column, uint width) {
+#if ALIGNED
+    return load_eight(row + column);
+#else
+    Eight out;
+    for (uint j = 0; j < 8; ++j) out.v[j] = column + j < width ? widen(row[column + j]) : 0.0f;
+    return out;
+#endif
+}
+
+DEVICE Eight weight_eight(const GLOBAL float* weight, uint column, uint width) {
+#if ALIGNED
+    return load_eight(weight + column);
+#else
+    Eight out;
+    for (uint j = 0; j < 8; ++j) out.v[j] = column + j < width ? weight[column + j] : 0.0f;
+    return out;
+#endif
+}
+
+#ifndef VECTORS
+#define VECTORS 1
+#define LANES 32
+#endif
+
+DEVICE float row_sum(float x) {
+    for (uint mask = LANES / 2; mask > 0; mask >>= 1) x += simd_shuffle_xor(x, mask);
+    return x;
+}
+
+DEVICE void store_row_eight(Eight x, GLOBAL ELEMENT* row, uint column, uint width) {
+#if ALIGNED
+    store_eight(x, row + column);
+#else
+    for (uint j = 0; j < 8 && column + j < width; ++j) narrow(x.v[j], row + column + j);
+#endif
 }
 
 KERNEL(gated_norm)(GIVEN_POSITION
     const GLOBAL ELEMENT* x, const GLOBAL ELEMENT* gate, const GLOBAL float* weight, GLOBAL ELEMENT* out,
     SCALAR(uint, rows), SCALAR(uint, width), SCALAR(uint, inner), SCALAR(uint, pitch), SCALAR(uint, gate_pitch),
     SCALAR(uint, out_pitch), SCALAR(float, epsilon)) {
-    uint row = GROUP_X * (THREADS / 32) + THREAD / 32, lane = THREAD % 32;
-    if (row >= rows) return;
+    uint row = GROUP_X * (THREADS / LANES) + THREAD / LANES, lane = THREAD % LANES;
+    // Lanes without a row take part in sums.
+    uint columns = row < rows ? width : 0;
     x += row_start(row, inner, pitch, width);
     gate += row_start(row, inner, gate_pitch, width);
     out += row_start(row, inner, out_pitch, width);
+    Eight a[VECTORS], value[VECTORS];
+    UNROLL for (uint n = 0; n < VECTORS; ++n) {
+        uint i = (n * LANES + lane) * 8;
+        if (i < columns) a[n] = row_eight(x, i, width);
+        if (i < columns) value[n] = row_eight(gate, i, width);
+    }
     float squares = 0.0f;
-    for (uint i = lane; i < width; i += 32) squares += widen(x[i]) * widen(x[i]);
-    float scale = inverse_rms(simd_sum(squares), width, epsilon);
-    for (uint i = lane; i < width; i += 32) {
-        float value = widen(gate[i]);
-        narrow(rounded(widen(x[i]) * scale) * weight[i] * (value * logistic(value)), out + i);
+    UNROLL for (uint n = 0; n < VECTORS; ++n) {
+        if ((n * LANES + lane) * 8 >= columns) continue;
+        for (int j = 0; j < 8; ++j) squares += a[n].v[j] * a[n].v[j];
+    }
+    float scale = inverse_rms(row_sum(squares), width, epsilon);
+    UNROLL for (uint n = 0; n < VECTORS; ++n) {
+        uint i = (n * LANES + lane) * 8;
+        if (i >= columns) continue;
+        Eight w = weight_eight(weight, i, width), gates = value[n];
+        for (int j = 0; j < 8; ++j) a[n].v[j] *= scale;
+        a[n] = rounded(a[n]);
+        for (int j = 0; j < 8; ++j) a[n].v[j] *= w.v[j] * (gates.v[j] * logistic(gates.v[j]));
+        store_row_eight(a[n], out, i, width);
     }
 }
 
@@ -210,26 +262,45 @@ KERNEL(gated_norm_back)(GIVEN_POSITION
     GLOBAL ELEMENT* d_x, GLOBAL ELEMENT* d_gate, GLOBAL float* scales, SCALAR(uint, rows), SCALAR(uint, width),
     SCALAR(uint, inner), SCALAR(uint, pitch), SCALAR(uint, gate_pitch), SCALAR(uint, out_pitch), SCALAR(uint, d_x_pitch),
     SCALAR(uint, d_gate_pitch), SCALAR(float, epsilon)) {
-    uint row = GROUP_X * (THREADS / 32) + THREAD / 32, lane = THREAD % 32;
-    if (row >= rows) return;
+    uint row = GROUP_X * (THREADS / LANES) + THREAD / LANES, lane = THREAD % LANES;
+    uint columns = row < rows ? width : 0;
     x += row_start(row, inner, pitch, width);
     gate += row_start(row, inner, gate_pitch, width);
     d_out += row_start(row, inner, out_pitch, width);
     d_x += row_start(row, inner, d_x_pitch, width);
     d_gate += row_start(row, inner, d_gate_pitch, width);
     float squares = 0.0f, product = 0.0f;
-    for (uint i = lane; i < width; i += 32) {
-        float a = widen(x[i]), value = widen(gate[i]);
-        squares += a * a;
-        product += a * widen(d_out[i]) * weight[i] * (value * logistic(value));
+    Eight a[VECTORS], value[VECTORS], slope[VECTORS];
+    UNROLL for (uint n = 0; n < VECTORS; ++n) {
+        uint i = (n * LANES + lane) * 8;
+        if (i < columns) a[n] = row_eight(x, i, width);
+        if (i < columns) value[n] = row_eight(gate, i, width);
+        if (i < columns) slope[n] = row_eight(d_out, i, width);
     }
-    float scale = inverse_rms(simd_sum(squares), width, epsilon);
-    float back = simd_sum(product) * scale * scale * scale / (float)width;
-    if (lane == 0) scales[row] = scale;
-    for (uint i = lane; i < width; i += 32) {
-        float a = widen(x[i]), value = widen(gate[i]), share = logistic(value), slope = widen(d_out[i]) * weight[i];
-        narrow(slope * (value * share) * scale - a * back, d_x + i);
-        narrow(slope * a * scale * share * (1.0f + value * (1.0f - share)), d_gate + i);
+    UNROLL for (uint n = 0; n < VECTORS; ++n) {
+        uint i = (n * LANES + lane) * 8;
+        if (i >= columns) continue;
+        Eight w = weight_eight(weight, i, width), gates = value[n];
+        for (int j = 0; j < 8; ++j) {
+            slope[n].v[j] *= w.v[j];
+            squares += a[n].v[j] * a[n].v[j];
+            product += a[n].v[j] * slope[n].v[j] * (gates.v[j] * logistic(gates.v[j]));
+        }
+    }
+    float scale = inverse_rms(row_sum(squares), width, epsilon);
+    float back = row_sum(product) * scale * scale * scale / (float)width;
+    if (lane == 0 && columns > 0) scales[row] = scale;
+    UNROLL for (uint n = 0; n < VECTORS; ++n) {
+        uint i = (n * LANES + lane) * 8;
+        if (i >= columns) continue;
+        Eight own, gates;
+        for (int j = 0; j < 8; ++j) {
+            float input = a[n].v[j], gated = value[n].v[j], share = logistic(gated), rise = slope[n].v[j];
+            own.v[j] = rise * (gated * share) * scale - input * back;
+            gates.v[j] = rise * input * scale * share * (1.0f + gated * (1.0f - share));
+        }
+        store_row_eight(own, d_x, i, width);
+        store_row_eight(gates, d_gate, i, width);
     }
 }
 

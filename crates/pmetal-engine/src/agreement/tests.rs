@@ -409,7 +409,7 @@ fn a_wrong_kernel_fails_the_test_of_its_group_alone() {
         ("delta rules", "store_sums(HERE sums, future, start, count, heads, KEY_WIDTH, first)", "continue"),
         ("delta rules", "sums[i] = factor * own[HELD_PLACE(i)]", "sums[i] = own[HELD_PLACE(i)]"),
         ("delta rules", "held[n] += keys[s * PADDED + n * PARTS + part] * update;", ""),
-        ("gated norms", "rounded(widen(x[i]) * scale)", "rounded(widen(x[i]))"),
+        ("gated norms", "a[n].v[j] *= w.v[j] * (", "a[n].v[j] *= ("),
         ("random numbers", "round < 10", "round < 9"),
         ("choices of experts", "score /= sum + epsilon", "score /= sum"),
         ("choices of experts", "slopes[i] - mean", "slopes[i]"),

@@ -337,12 +337,16 @@ impl DeltaKernels for Gpu {
 
     fn gated_rms_norm(&self, x: &Tensor, gate: &Tensor, weight: &Tensor, epsilon: f32, out: &mut Tensor) {
         let (rows, inner, width) = norm_rows(x);
+        let lanes = row_lanes(width);
         Kernel::new("delta", "gated_norm")
             .element(x.dtype())
+            .aligned(is_aligned(width, &[x, gate, weight, out]))
+            .number("LANES", lanes)
+            .number("VECTORS", width.div_ceil(8 * lanes))
             .arguments(&[x.into(), gate.into(), weight.into(), (&mut *out).into()])
             .sizes(&[rows, width, inner, x.pitch(), gate.pitch(), out.pitch()])
             .arguments(&[Argument::F32(epsilon)])
-            .launch(self.runtime.as_ref(), [rows.div_ceil(4), 1, 1], 128);
+            .launch(self.runtime.as_ref(), [rows.div_ceil(128 / lanes), 1, 1], 128);
     }
 
     fn gated_rms_norm_backward(
@@ -354,15 +358,19 @@ impl DeltaKernels for Gpu {
         d_weight: Option<&mut Tensor>,
     ) -> Result<()> {
         let (rows, inner, width) = norm_rows(x);
+        let lanes = row_lanes(width);
         let scales = workspace(x, &[rows])?;
         let (d_x_pitch, d_gate_pitch) = (d_x.pitch(), d_gate.pitch());
         Kernel::new("delta", "gated_norm_back")
             .element(x.dtype())
+            .aligned(is_aligned(width, &[x, gate, weight, d_out, d_x, d_gate]))
+            .number("LANES", lanes)
+            .number("VECTORS", width.div_ceil(8 * lanes))
             .arguments(&[x.into(), gate.into(), weight.into(), d_out.into()])
             .arguments(&[d_x.into(), d_gate.into(), (&scales).into()])
             .sizes(&[rows, width, inner, x.pitch(), gate.pitch(), d_out.pitch(), d_x_pitch, d_gate_pitch])
             .arguments(&[Argument::F32(epsilon)])
-            .launch(self.runtime.as_ref(), [rows.div_ceil(4), 1, 1], 128);
+            .launch(self.runtime.as_ref(), [rows.div_ceil(128 / lanes), 1, 1], 128);
         let Some(d_weight) = d_weight else { return Ok(()) };
         let parts = rows.clamp(1, SUM_PARTS);
         let sums = workspace(x, &[parts, width])?;
@@ -374,4 +382,9 @@ impl DeltaKernels for Gpu {
         self.add_column_sums(&sums, parts, 1.0, d_weight);
         Ok(())
     }
+}
+
+/// Lanes that hold a row of a gated norm by eight columns.
+fn row_lanes(width: usize) -> usize {
+    if width <= 128 { 16 } else { 32 }
 }

@@ -175,7 +175,7 @@ impl Fp8Kernels for Gpu {
             .row(width, threads, true)
             .define("CODES", true)
             .arguments(&[x.into(), weight.into(), out.into()])
-            .sizes(&[width, inner, x.pitch(), out.pitch()])
+            .sizes(&[rows, width, inner, x.pitch(), out.pitch()])
             .arguments(&[Argument::F32(epsilon), Argument::F32(shift(kind))])
             .arguments(&[Argument::U32(weight.is_some().into())])
             .arguments(&[(&codes.codes).into(), (&codes.scales).into()])

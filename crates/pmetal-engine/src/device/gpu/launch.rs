@@ -191,6 +191,25 @@ pub(super) fn lanes_of(rows: usize, width: usize) -> usize {
     if rows > FEW_ROWS { lanes(width) } else { width.div_ceil(8).next_multiple_of(32).clamp(32, 1024) }
 }
 
+/// How a kernel of many rows is launched in which a row is held by some lanes.
+pub(super) struct RowGroups {
+    /// Threads that hold a row.
+    pub(super) lanes: usize,
+    /// Whether groups have several rows, one for each SIMD group: more of such are on a multiprocessor at a time.
+    pub(super) simd: bool,
+}
+
+impl RowGroups {
+    pub(super) fn new(rows: usize, lanes: usize) -> Self {
+        Self { lanes, simd: lanes == 32 && rows > FEW_ROWS }
+    }
+
+    /// Groups, and threads of each.
+    pub(super) fn grid(&self, rows: usize) -> ([usize; 3], usize) {
+        if self.simd { ([rows.div_ceil(4), 1, 1], 128) } else { ([rows, 1, 1], self.lanes) }
+    }
+}
+
 /// Rows that leave most of a GPU idle.
 const FEW_ROWS: usize = 64;
 

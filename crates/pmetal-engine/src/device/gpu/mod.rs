@@ -30,7 +30,7 @@ use std::sync::Arc;
 pub(crate) use optimizer::control_values;
 pub(crate) use runtime::Runtime;
 
-use launch::{Kernel, lanes};
+use launch::{Kernel, RowGroups, lanes};
 use runtime::{Argument, DeviceFacts};
 
 use super::{
@@ -197,17 +197,19 @@ impl Kernels for Gpu {
         out: &mut Tensor,
     ) {
         let (rows, inner, width) = norm_rows(x);
-        let threads = launch::lanes_of(rows, width);
+        let groups = RowGroups::new(rows, launch::lanes_of(rows, width));
+        let (grid, threads) = groups.grid(rows);
         let all: Vec<&Tensor> = [x, &*out].into_iter().chain(weight).collect();
         Kernel::new("norm", "rms_norm")
             .element(x.dtype())
             .weight(weight.map_or(DType::F32, Tensor::dtype))
-            .row(width, threads, launch::is_aligned(width, &all))
+            .row(width, groups.lanes, launch::is_aligned(width, &all))
+            .define("SIMD_ROWS", groups.simd)
             .arguments(&[x.into(), weight.into(), out.into()])
-            .sizes(&[width, inner, x.pitch(), out.pitch()])
+            .sizes(&[rows, width, inner, x.pitch(), out.pitch()])
             .arguments(&[Argument::F32(epsilon), Argument::F32(shift(kind))])
             .arguments(&[Argument::U32(weight.is_some().into())])
-            .launch(self.runtime.as_ref(), [rows, 1, 1], threads);
+            .launch(self.runtime.as_ref(), grid, threads);
     }
 
     fn rms_norm_backward(
@@ -230,15 +232,18 @@ impl Kernels for Gpu {
             let all: Vec<&Tensor> = [x, d_out, &*d_x].into_iter().chain(weight).chain(held).collect();
             let aligned = launch::is_aligned(width, &all);
             let held = Argument::Address(held.map_or(d_x.address(), Tensor::address));
+            let groups = RowGroups::new(rows, lanes(width));
+            let (grid, threads) = groups.grid(rows);
             Kernel::new("norm", "rms_norm_backward")
                 .element(x.dtype())
                 .weight(weight.map_or(DType::F32, Tensor::dtype))
-                .row(width, lanes(width), aligned)
+                .row(width, groups.lanes, aligned)
+                .define("SIMD_ROWS", groups.simd)
                 .arguments(&[x.into(), weight.into(), d_out.into(), (&mut *d_x).into(), held])
-                .sizes(&[width, inner, x.pitch(), d_out.pitch(), d_x.pitch(), held_pitch])
+                .sizes(&[rows, width, inner, x.pitch(), d_out.pitch(), d_x.pitch(), held_pitch])
                 .arguments(&[Argument::F32(epsilon), Argument::F32(shift(kind))])
                 .arguments(&[Argument::U32(weight.is_some().into()), Argument::U32(accumulate.into())])
-                .launch(self.runtime.as_ref(), [rows, 1, 1], lanes(width));
+                .launch(self.runtime.as_ref(), grid, threads);
         }
         let Some(d_weight) = d_weight else { return };
         let parts = rows.clamp(1, SUM_PARTS);
