@@ -104,6 +104,8 @@ MACROS = {
     "TAPS": (1, 4),
     "IN_PAIRS": (0, 1),
     "VECTORS": (1, 4),
+    "LANES": (16, 32),
+    "SIMD_ROWS": (0, 1),
     "ROWS": (1, 4),
     "FEATURES": (1, 2),
     "SPLITS": (1, 4),

@@ -208,6 +208,8 @@ DEVICE Eight weight_eight(const GLOBAL float* weight, uint column, uint width) {
 
 #ifndef VECTORS
 #define VECTORS 1
+#endif
+#ifndef LANES
 #define LANES 32
 #endif
 

@@ -16,13 +16,13 @@
 #if SIMD_ROWS
 #define ROW (GROUP_X * (THREADS / 32) + THREAD / 32)
 #define LANE (THREAD % 32)
-#define LANES 32
+#define ROW_THREADS 32
 #define ROW_BARRIER()
 #define row_sum(x, scratch) simd_sum(x)
 #else
 #define ROW GROUP_X
 #define LANE THREAD
-#define LANES THREADS
+#define ROW_THREADS THREADS
 #define ROW_BARRIER() BARRIER()
 #define row_sum(x, scratch) group_sum(HERE x, scratch)
 #endif
@@ -43,20 +43,20 @@ KERNEL(rms_norm)(GIVEN_POSITION
 #if ALIGNED
     Eight a[VECTORS];
     UNROLL for (uint n = 0; n < VECTORS; ++n) {
-        uint i = (n * LANES + LANE) * 8;
+        uint i = (n * ROW_THREADS + LANE) * 8;
         if (i < width) a[n] = load_eight(x + i);
     }
     UNROLL for (uint n = 0; n < VECTORS; ++n) {
-        if ((n * LANES + LANE) * 8 >= width) continue;
+        if ((n * ROW_THREADS + LANE) * 8 >= width) continue;
         for (int j = 0; j < 8; ++j) squares += a[n].v[j] * a[n].v[j];
     }
 #else
-    for (uint i = LANE; i < width; i += LANES) squares += widen(x[i]) * widen(x[i]);
+    for (uint i = LANE; i < width; i += ROW_THREADS) squares += widen(x[i]) * widen(x[i]);
 #endif
     float scale = 1.0f / square_root(row_sum(squares, scratch) / (float)width + epsilon);
 #if ALIGNED
     UNROLL for (uint n = 0; n < VECTORS; ++n) {
-        uint i = (n * LANES + LANE) * 8;
+        uint i = (n * ROW_THREADS + LANE) * 8;
         if (i >= width) continue;
         if (weighted) {
             Eight w = load_eight(weight + i);
@@ -69,7 +69,7 @@ KERNEL(rms_norm)(GIVEN_POSITION
 #if CODES
     float greatest = 0.0f;
     UNROLL for (uint n = 0; n < VECTORS; ++n) {
-        if ((n * LANES + LANE) * 8 >= width) continue;
+        if ((n * ROW_THREADS + LANE) * 8 >= width) continue;
         a[n] = unpacked(packed<ELEMENT>(a[n]));
         greatest = greatest_of(greatest, a[n]);
     }
@@ -77,12 +77,12 @@ KERNEL(rms_norm)(GIVEN_POSITION
     float factor = row_factor(group_max(HERE greatest, scratch));
     if (LANE == 0) scales[ROW] = 1.0f / factor;
     UNROLL for (uint n = 0; n < VECTORS; ++n) {
-        uint i = (n * LANES + LANE) * 8;
+        uint i = (n * ROW_THREADS + LANE) * 8;
         if (i < width) store_codes(a[n], factor, codes + (ulong64)ROW * width + i);
     }
 #endif
 #else
-    for (uint i = LANE; i < width; i += LANES) {
+    for (uint i = LANE; i < width; i += ROW_THREADS) {
         float factor = weighted ? widen(weight[i]) + shift : 1.0f;
         narrow(widen(x[i]) * scale * factor, out + i);
     }
@@ -104,12 +104,12 @@ KERNEL(rms_norm_backward)(GIVEN_POSITION
 #if ALIGNED
     Eight a[VECTORS], d[VECTORS];
     UNROLL for (uint n = 0; n < VECTORS; ++n) {
-        uint i = (n * LANES + LANE) * 8;
+        uint i = (n * ROW_THREADS + LANE) * 8;
         if (i < width) a[n] = load_eight(x + i);
         if (i < width) d[n] = load_eight(d_out + i);
     }
     UNROLL for (uint n = 0; n < VECTORS; ++n) {
-        uint i = (n * LANES + LANE) * 8;
+        uint i = (n * ROW_THREADS + LANE) * 8;
         if (i >= width) continue;
         if (weighted) {
             Eight w = load_eight(weight + i);
@@ -121,7 +121,7 @@ KERNEL(rms_norm_backward)(GIVEN_POSITION
         }
     }
 #else
-    for (uint i = LANE; i < width; i += LANES) {
+    for (uint i = LANE; i < width; i += ROW_THREADS) {
         float a = widen(x[i]), factor = weighted ? widen(weight[i]) + shift : 1.0f;
         squares += a * a;
         product += a * widen(d_out[i]) * factor;
@@ -134,7 +134,7 @@ KERNEL(rms_norm_backward)(GIVEN_POSITION
     float back = product * scale * scale * scale / (float)width;
 #if ALIGNED
     UNROLL for (uint n = 0; n < VECTORS; ++n) {
-        uint i = (n * LANES + LANE) * 8;
+        uint i = (n * ROW_THREADS + LANE) * 8;
         if (i >= width) continue;
         for (int j = 0; j < 8; ++j) a[n].v[j] = d[n].v[j] * scale - a[n].v[j] * back;
         if (accumulate) {
@@ -144,7 +144,7 @@ KERNEL(rms_norm_backward)(GIVEN_POSITION
         store_eight(a[n], d_x + i);
     }
 #else
-    for (uint i = LANE; i < width; i += LANES) {
+    for (uint i = LANE; i < width; i += ROW_THREADS) {
         float factor = weighted ? widen(weight[i]) + shift : 1.0f;
         float value = widen(d_out[i]) * factor * scale - widen(x[i]) * back;
         narrow(accumulate ? value + widen(held[i]) : value, d_x + i);
