@@ -72,6 +72,17 @@ DEVICE uint row_start(uint row, uint inner, uint pitch, uint width) {
     return (row / inner) * pitch + (row % inner) * width;
 }
 
+// Eight elements of a row from a column on, zeros beyond its end; with ALIGNED its width is a multiple of 8.
+template <typename T> DEVICE Eight eight_columns(const GLOBAL T* row, uint column, uint width) {
+#if ALIGNED
+    return load_eight(row + column);
+#else
+    Eight out;
+    for (uint j = 0; j < 8; ++j) out.v[j] = column + j < width ? widen(row[column + j]) : 0.0f;
+    return out;
+#endif
+}
+
 // Codes of e4m3, eight bits: sign, four bits of exponent, three of mantissa; see fp8.cpp.
 DEVICE uint portable_e4m3(float x) {
     uint bits = as_bits(x), sign = bits >> 24 & 0x80, size = bits & 0x7fffffffu;

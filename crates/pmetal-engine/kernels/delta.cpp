@@ -185,27 +185,6 @@ DEVICE float inverse_rms(float squares, uint width, float epsilon) {
 
 DEVICE Eight rounded(Eight x) { return unpacked(packed<ELEMENT>(x)); }
 
-// Eight elements of a row from a column on, zeros beyond its end.
-DEVICE Eight row_eight(const GLOBAL ELEMENT* row, uint column, uint width) {
-#if ALIGNED
-    return load_eight(row + column);
-#else
-    Eight out;
-    for (uint j = 0; j < 8; ++j) out.v[j] = column + j < width ? widen(row[column + j]) : 0.0f;
-    return out;
-#endif
-}
-
-DEVICE Eight weight_eight(const GLOBAL float* weight, uint column, uint width) {
-#if ALIGNED
-    return load_eight(weight + column);
-#else
-    Eight out;
-    for (uint j = 0; j < 8; ++j) out.v[j] = column + j < width ? weight[column + j] : 0.0f;
-    return out;
-#endif
-}
-
 #ifndef VECTORS
 #define VECTORS 1
 #endif
@@ -218,7 +197,7 @@ DEVICE float row_sum(float x) {
     return x;
 }
 
-DEVICE void store_row_eight(Eight x, GLOBAL ELEMENT* row, uint column, uint width) {
+DEVICE void store_columns(Eight x, GLOBAL ELEMENT* row, uint column, uint width) {
 #if ALIGNED
     store_eight(x, row + column);
 #else
@@ -239,8 +218,8 @@ KERNEL(gated_norm)(GIVEN_POSITION
     Eight a[VECTORS], value[VECTORS];
     UNROLL for (uint n = 0; n < VECTORS; ++n) {
         uint i = (n * LANES + lane) * 8;
-        if (i < columns) a[n] = row_eight(x, i, width);
-        if (i < columns) value[n] = row_eight(gate, i, width);
+        if (i < columns) a[n] = eight_columns(x, i, width);
+        if (i < columns) value[n] = eight_columns(gate, i, width);
     }
     float squares = 0.0f;
     UNROLL for (uint n = 0; n < VECTORS; ++n) {
@@ -251,11 +230,11 @@ KERNEL(gated_norm)(GIVEN_POSITION
     UNROLL for (uint n = 0; n < VECTORS; ++n) {
         uint i = (n * LANES + lane) * 8;
         if (i >= columns) continue;
-        Eight w = weight_eight(weight, i, width), gates = value[n];
+        Eight w = eight_columns(weight, i, width), gates = value[n];
         for (int j = 0; j < 8; ++j) a[n].v[j] *= scale;
         a[n] = rounded(a[n]);
         for (int j = 0; j < 8; ++j) a[n].v[j] *= w.v[j] * (gates.v[j] * logistic(gates.v[j]));
-        store_row_eight(a[n], out, i, width);
+        store_columns(a[n], out, i, width);
     }
 }
 
@@ -275,14 +254,14 @@ KERNEL(gated_norm_back)(GIVEN_POSITION
     Eight a[VECTORS], value[VECTORS], slope[VECTORS];
     UNROLL for (uint n = 0; n < VECTORS; ++n) {
         uint i = (n * LANES + lane) * 8;
-        if (i < columns) a[n] = row_eight(x, i, width);
-        if (i < columns) value[n] = row_eight(gate, i, width);
-        if (i < columns) slope[n] = row_eight(d_out, i, width);
+        if (i < columns) a[n] = eight_columns(x, i, width);
+        if (i < columns) value[n] = eight_columns(gate, i, width);
+        if (i < columns) slope[n] = eight_columns(d_out, i, width);
     }
     UNROLL for (uint n = 0; n < VECTORS; ++n) {
         uint i = (n * LANES + lane) * 8;
         if (i >= columns) continue;
-        Eight w = weight_eight(weight, i, width), gates = value[n];
+        Eight w = eight_columns(weight, i, width), gates = value[n];
         for (int j = 0; j < 8; ++j) {
             slope[n].v[j] *= w.v[j];
             squares += a[n].v[j] * a[n].v[j];
@@ -301,8 +280,8 @@ KERNEL(gated_norm_back)(GIVEN_POSITION
             own.v[j] = rise * (gated * share) * scale - input * back;
             gates.v[j] = rise * input * scale * share * (1.0f + gated * (1.0f - share));
         }
-        store_row_eight(own, d_x, i, width);
-        store_row_eight(gates, d_gate, i, width);
+        store_columns(own, d_x, i, width);
+        store_columns(gates, d_gate, i, width);
     }
 }
 

@@ -46,17 +46,6 @@ KERNEL(sum_heads)(GIVEN_POSITION
 
 #define HEAD_TOKENS 4
 
-// Eight elements of a row from a column on, zeros beyond its end.
-DEVICE Eight eight_columns(const GLOBAL ELEMENT* row, uint column, uint width) {
-#if ALIGNED
-    return load_eight(row + column);
-#else
-    Eight out;
-    for (uint j = 0; j < 8; ++j) out.v[j] = column + j < width ? widen(row[column + j]) : 0.0f;
-    return out;
-#endif
-}
-
 DEVICE void put_sum(float sum, GLOBAL ELEMENT* out, uint adds) { narrow(adds ? sum + widen(*out) : sum, out); }
 
 KERNEL(head_rows)(GIVEN_POSITION

@@ -1,7 +1,7 @@
 //! Columns of a matrix as values of their own.
 
 use crate::device::{GradientCodes, HeadCopy};
-use crate::error::{Result, expect_shape};
+use crate::error::{Error, Result, expect_shape};
 use crate::memory::Category;
 use crate::tape::Gradients;
 use crate::{DType, Device, Tape, Tensor, Var};
@@ -50,6 +50,35 @@ fn copies(whole: &Tensor, widths: &[usize]) -> Result<Vec<Tensor>> {
     widths.iter().map(copy).collect()
 }
 
+/// A matrix \[T, sum of widths\] of the columns of some matrices: the one that they were divided from, if that is so and nobody
+/// else holds a part of it, or a copy.
+///
+/// # Errors
+/// [`Error::Shape`] when their rows differ; [`Error::Other`] for no parts; out of memory for a copy.
+pub(crate) fn join_columns(parts: Vec<Tensor>) -> Result<Tensor> {
+    if let Some(whole) = Tensor::rejoined_columns(&parts) {
+        return Ok(whole);
+    }
+    let Some(first) = parts.first() else {
+        return Err(Error::Other("join_columns: there are no parts".to_owned()));
+    };
+    let rows = first.rows();
+    for part in &parts {
+        expect_shape("join_columns", "input", part.shape(), &[rows, part.columns()])?;
+    }
+    let total = parts.iter().map(Tensor::columns).sum();
+    let mut joined =
+        Tensor::scratch(first.device(), Category::Activations, first.dtype(), &[rows, 1, total])?;
+    let mut column = 0;
+    for part in &parts {
+        let (width, source) = (part.columns(), if part.is_host() { &part.contiguous()? } else { part });
+        let copy = HeadCopy { heads: 1, width, from: [0, 0], to: [column, 0] };
+        first.device().kernels().copy_heads(source, &mut joined, &copy);
+        column += width;
+    }
+    joined.reshape(&[rows, total])
+}
+
 struct Node {
     device: Device,
     dtype: DType,
@@ -74,7 +103,7 @@ impl Node {
             }
         });
         let parts = parts.collect::<Result<Vec<_>>>()?;
-        let whole = Tensor::join_columns(parts)?;
+        let whole = join_columns(parts)?;
         gradients.add_with_codes(self.input_slot, whole, GradientCodes::of_all(&codes, &self.widths))
     }
 }

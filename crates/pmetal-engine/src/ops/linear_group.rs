@@ -5,6 +5,7 @@ mod fp8;
 use crate::device::{Arithmetic, Finish, GradientCodes, Operand, Riding, ScaledRows, Share};
 use crate::error::Result;
 use crate::memory::Category;
+use crate::ops::columns::join_columns;
 use crate::ops::linear::{check_residual, linear, token_count};
 use crate::ops::{Linear, LinearOptions, Lora};
 use crate::tape::{Gradients, Saved};
@@ -457,7 +458,7 @@ impl Node {
         let mut parts = parts.collect::<Result<Vec<_>>>()?;
         drop(like);
         // One alone keeps its columns to spare.
-        let d_out = if parts.len() == 1 { parts.pop() } else { Some(Tensor::join_columns(parts)?) };
+        let d_out = if parts.len() == 1 { parts.pop() } else { Some(join_columns(parts)?) };
         Ok(d_out.map(|d_out| (d_out, codes)))
     }
 

@@ -4,7 +4,7 @@
 mod absorbed;
 mod attention;
 mod choice;
-mod columns;
+pub(crate) mod columns;
 mod cursor;
 mod delta;
 mod embedding;

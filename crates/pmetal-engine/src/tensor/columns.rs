@@ -4,7 +4,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::{Buffer, Memory, Tensor};
-use crate::device::HeadCopy;
 use crate::error::{Error, Result};
 use crate::memory::Category;
 use crate::{DType, Device};
@@ -210,42 +209,20 @@ impl Tensor {
         adjacent && offset - first.offset == first.pitch()
     }
 
-    /// A matrix \[T, sum of widths\] of the columns of some matrices: the one that they were divided from, if that is so
-    /// and nobody else holds a part of it, or a copy.
-    ///
-    /// # Errors
-    /// [`Error::Shape`] when their rows differ; out of memory for a copy.
-    pub fn join_columns(parts: Vec<Self>) -> Result<Self> {
+    /// The matrix \[T, sum of widths\] that these columns were divided from, if they are all of it and nobody else holds a part
+    /// of it.
+    pub(crate) fn rejoined_columns(parts: &[Self]) -> Option<Self> {
         let all: Vec<&Self> = parts.iter().collect();
-        let first = *all.first().expect("invariant: something is joined");
-        let rows = first.shape.first().copied().unwrap_or(1);
-        let width = |tensor: &Self| tensor.shape.get(1..).unwrap_or_default().iter().product::<usize>();
-        let total = all.iter().map(|tensor| width(tensor)).sum();
-        let whole = Self::are_columns_of_one(&all)
-            && all.iter().all(|tensor| tensor.is_unique())
+        let first = parts.first()?;
+        let is_whole = Self::are_columns_of_one(&all)
+            && parts.iter().all(Self::is_unique)
             && Arc::strong_count(&first.buffer) == parts.len();
-        if whole {
-            return Ok(Self { shape: vec![rows, total], part: None, ..first.clone() });
-        }
-        if let Some(other) = all.iter().find(|tensor| tensor.shape.first() != first.shape.first()) {
-            let (actual, expected) = (other.shape.clone(), vec![rows, width(other)]);
-            return Err(Error::Shape { operation: "join_columns", what: "input", actual, expected });
-        }
-        let mut joined =
-            Self::scratch(first.device(), Category::Activations, first.dtype, &[rows, 1, total])?;
-        let mut column = 0;
-        for source in all {
-            let (width, source) =
-                (width(source), if source.is_host() { &source.contiguous()? } else { source });
-            let copy = HeadCopy { heads: 1, width, from: [0, 0], to: [column, 0] };
-            first.device().kernels().copy_heads(source, &mut joined, &copy);
-            column += width;
-        }
-        joined.reshape(&[rows, total])
+        let shape = vec![first.shape.first().copied().unwrap_or(1), first.pitch()];
+        is_whole.then(|| Self { shape, part: None, ..first.clone() })
     }
 
-    /// Whether the tensors are all columns of one matrix of a device, in order, such that [`Self::join_columns`] would not copy
-    /// what [`Self::side_by_side`] makes for them.
+    /// Whether the tensors are all columns of one matrix of a device, in order: others of their widths are then best made
+    /// [`Self::side_by_side`].
     pub(crate) fn are_side_by_side(parts: &[&Self]) -> bool {
         parts.len() > 1 && !parts[0].is_host() && Self::are_columns_of_one(parts)
     }

@@ -3,6 +3,7 @@
 use super::*;
 use crate::device::gpu::runtime::Fp8Scaling;
 use crate::device::{Finish, GateActivation, GradientCodes, NormWeight, ScaledRows};
+use crate::ops::columns::join_columns;
 use crate::ops::{
     GatedOptions, Linear, LinearGroup, LinearOptions, Lora, Spare, gated_with_spare, linear_group,
     rms_norm_with_spare,
@@ -88,7 +89,7 @@ fn gated_layers_that_round_give_results_and_gradients_with_their_codes() {
             let [mut plain_gate, mut plain_up] = halves();
             assert!(kernels.gated_backward_in_place(activation, &mut plain_gate, &mut plain_up, &d_out));
             assert_eq!((bits(&gate), bits(&up)), (bits(&plain_gate), bits(&plain_up)), "{context}");
-            let both = Tensor::join_columns(vec![gate, up]).unwrap();
+            let both = join_columns(vec![gate, up]).unwrap();
             assert_rounded(&context, &rounded, &both, Some(&factors));
         }
     }

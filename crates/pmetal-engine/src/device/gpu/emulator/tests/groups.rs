@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::device::NormWeight;
+use crate::ops::columns::join_columns;
 use crate::ops::{
     Linear, LinearGroup, LinearOptions, Lora, Spare, linear_group, rms_norm, rms_norm_with_spare,
 };
@@ -220,9 +221,9 @@ fn columns_are_tensors_of_their_own_and_join_without_a_copy() {
     assert_eq!(parts[1].to_vec::<f32>().unwrap(), middle);
     let copies: Vec<Tensor> = parts.iter().map(|part| part.copy(Category::Workspace).unwrap()).collect();
     let doubled: Vec<f32> = values.iter().map(|x| 2.0 * x).collect();
-    let joined = Tensor::join_columns(parts).unwrap();
+    let joined = join_columns(parts).unwrap();
     assert_eq!((joined.address(), joined.to_vec::<f32>().unwrap()), (address, doubled.clone()));
-    let fresh = Tensor::join_columns(copies).unwrap();
+    let fresh = join_columns(copies).unwrap();
     assert_ne!(fresh.address(), address);
     assert_eq!(fresh.to_vec::<f32>().unwrap(), doubled);
 }
