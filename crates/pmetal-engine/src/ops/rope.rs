@@ -66,9 +66,9 @@ impl RopeTable {
         Self { pairing, ..self.clone() }
     }
 
-    /// Whether both tables hold their angles in the same memory.
-    pub fn has_angles_of(&self, other: &Self) -> bool {
-        self.cosines.shares_memory(&other.cosines)
+    /// Whether the table's angles are those of these cosines, in the same memory.
+    pub fn reads(&self, cosines: &Tensor) -> bool {
+        self.cosines.shares_memory(cosines)
     }
 
     /// Rows of angles.

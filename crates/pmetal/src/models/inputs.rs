@@ -59,17 +59,20 @@ impl Inputs {
 /// Angles that were computed once, by position, for one rotary embedding and epoch of it.
 #[derive(Debug, Clone)]
 struct Angles {
-    epoch: usize,
     cosines: Tensor,
     sines: Tensor,
 }
 
-/// Angles by the number of the rotary embedding.
+/// Angles by the number of the rotary embedding and its epoch. Recorded work reads those that it was recorded with, so they stay
+/// while others are made.
 #[derive(Debug, Default)]
-pub(super) struct AngleCache(Mutex<HashMap<usize, Angles>>);
+pub(super) struct AngleCache(Mutex<HashMap<(usize, usize), Angles>>);
 
 /// Angles are computed for at least this many positions.
-const FEWEST_POSITIONS: usize = 256;
+const FEWEST_POSITIONS: usize = 64;
+
+/// Epochs whose angles are held at a time: more are of a base that changes with every length.
+const MOST_EPOCHS: usize = 8;
 
 impl Decoder {
     /// A run's inputs, filled up with padding to `rows` tokens, which no document sees. What the run's single document
@@ -150,12 +153,13 @@ impl Decoder {
         let positions = positions_of(run);
         let mut changed = Vec::with_capacity(inputs.ropes.len());
         for (index, rope) in self.spec.ropes.iter().enumerate() {
-            let table = self.angles(index, rope, &positions, rows)?;
-            // Recorded work reads the table that it was recorded with.
-            if !table.has_angles_of(&inputs.ropes[index]) {
-                return Ok(false);
+            // Recorded work reads the angles that it was recorded with.
+            match self.held_angles(index, rope, &positions, rows)? {
+                Some(angles) if inputs.ropes[index].reads(&angles.cosines) => {
+                    changed.push(padded_rows(&positions, rows));
+                }
+                _ => return Ok(false),
             }
-            changed.push(padded_rows(&positions, rows));
         }
         for (table, rows) in inputs.ropes.iter_mut().zip(changed) {
             table.set_rows(&rows)?;
@@ -195,30 +199,45 @@ impl Decoder {
 
     /// The angles of a run, from the cache where all of its documents are of one epoch.
     fn angles(&self, index: usize, rope: &Rope, positions: &[Positions], rows: usize) -> Result<RopeTable> {
-        let Some(first) = positions.first() else { return rope.table(&self.device, positions) };
+        if let Some(angles) = self.held_angles(index, rope, positions, rows)? {
+            let rows = padded_rows(positions, rows);
+            return Ok(RopeTable::indexed(&angles.cosines, &angles.sines, &rows, rope.pairing)?);
+        }
+        let mut all = positions.to_vec();
+        if let Some(&Positions { document_length, .. }) = positions.first() {
+            let filler = rows - positions.iter().map(|document| document.count).sum::<usize>();
+            all.push(Positions { first: 0, count: filler, document_length });
+        }
+        rope.table(&self.device, &all)
+    }
+
+    /// The angles of all positions of a run's documents, where these are of one epoch. What is made is made for a document of all
+    /// rows, so that the longer ones of later runs find the same.
+    fn held_angles(
+        &self,
+        index: usize,
+        rope: &Rope,
+        positions: &[Positions],
+        rows: usize,
+    ) -> Result<Option<Angles>> {
+        let Some(first) = positions.first() else { return Ok(None) };
         let epoch = rope.epoch(first.document_length);
         if positions.iter().any(|document| rope.epoch(document.document_length) != epoch) {
-            let filler = rows - positions.iter().map(|document| document.count).sum::<usize>();
-            let mut all = positions.to_vec();
-            all.push(Positions { first: 0, count: filler, document_length: first.document_length });
-            return rope.table(&self.device, &all);
+            return Ok(None);
         }
         let longest = positions.iter().map(|document| document.first + document.count).max().unwrap_or(0);
         let mut cache = self.angle_cache.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let held =
-            cache.get(&index).filter(|angles| angles.epoch == epoch && angles.cosines.rows() >= longest);
-        let angles = match held {
-            Some(angles) => angles.clone(),
-            None => {
-                let count = longest.next_power_of_two().max(FEWEST_POSITIONS);
-                let (cosines, sines) = rope.angles(&self.device, count, first.document_length)?;
-                let angles = Angles { epoch, cosines, sines };
-                cache.insert(index, angles.clone());
-                angles
-            }
-        };
-        let rows = padded_rows(positions, rows);
-        Ok(RopeTable::indexed(&angles.cosines, &angles.sines, &rows, rope.pairing)?)
+        if let Some(angles) = cache.get(&(index, epoch)).filter(|angles| angles.cosines.rows() >= longest) {
+            return Ok(Some(angles.clone()));
+        }
+        let count = longest.max(rows).next_power_of_two().max(FEWEST_POSITIONS);
+        let (cosines, sines) = rope.angles(&self.device, count, first.document_length)?;
+        let angles = Angles { cosines, sines };
+        if cache.keys().filter(|(other, _)| *other == index).count() >= MOST_EPOCHS {
+            cache.retain(|(other, _), _| *other != index);
+        }
+        cache.insert((index, epoch), angles.clone());
+        Ok(Some(angles))
     }
 }
 

@@ -94,6 +94,7 @@ pub struct Learner {
     /// Tokens of the micro-batches of the last step that was not replayed.
     last_shape: Option<Vec<usize>>,
     recorded: Option<RecordedStep>,
+    replayed_steps: usize,
 }
 
 /// What one optimizer step reads, in the device's memory.
@@ -250,7 +251,17 @@ impl Learner {
             .map(|parameter| AdamWState::new(parameter))
             .collect::<std::result::Result<_, _>>()?;
         let (last_shape, recorded) = (None, None);
-        Ok(Self { decoder, parameters, states, settings, padded_tokens: 0, last_shape, recorded })
+        let (padded_tokens, replayed_steps) = (0, 0);
+        Ok(Self {
+            decoder,
+            parameters,
+            states,
+            settings,
+            padded_tokens,
+            last_shape,
+            recorded,
+            replayed_steps,
+        })
     }
 
     /// Drops the recording of a step, so that the next one launches its kernels one by one.
@@ -262,6 +273,11 @@ impl Learner {
     /// Fills micro-batches up to this many tokens on devices other than a CPU, so that steps are of one shape.
     pub fn pad_to(&mut self, tokens: usize) {
         self.padded_tokens = tokens;
+    }
+
+    /// Steps so far that were a recording's, not launched kernel by kernel.
+    pub fn replayed_steps(&self) -> usize {
+        self.replayed_steps
     }
 
     /// The decoder.
@@ -316,6 +332,7 @@ impl Learner {
             && recorded.overwrite(&self.decoder, batches, constants, batches_before)?
         {
             recorded.recording.replay();
+            self.replayed_steps += 1;
             return recorded.sums.read();
         }
         let device = self.decoder.device().clone();
