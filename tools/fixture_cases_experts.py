@@ -45,6 +45,12 @@ MIXTRAL_CASES = [
                  intermediate_size=10),
          lora(rank=2, targets=["q_proj", "v_proj"], target_parameters=EXPERTS), tokens=23, seed=3, padding=BOTH,
          grow=[ROUTER], matters=[[("num_experts_per_tok", 1)]]),
+    # All linear layers are, to PEFT, the router's weight too, as a parameter.
+    Case("mixtral-all-linear",
+         mixtral(num_local_experts=5, hidden_size=16, intermediate_size=10, num_attention_heads=2,
+                 num_key_value_heads=1),
+         lora(rank=2, targets="all-linear"), tokens=21, seed=1, padding=RIGHT, grow=[ROUTER],
+         matters=[[("num_experts_per_tok", 3)]]),
     # Most adapters of this family were made when every expert had linears of its own.
     Case("mixtral-adapter-by-expert",
          mixtral(num_local_experts=3, hidden_size=16, intermediate_size=10, num_attention_heads=2,

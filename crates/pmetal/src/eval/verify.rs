@@ -24,7 +24,7 @@ use crate::error::{Error, Result};
 use crate::generate::{Sampling, Session, StopRules};
 use crate::lora::{self, experts::Stored};
 use crate::models::loader::{self, LoadOptions};
-use crate::models::{BalanceInputs, Decoder, Document, Forward, Spec, TokenRun, families};
+use crate::models::{BalanceInputs, Decoder, Document, Forward, Spec, TokenRun};
 
 /// Ids of row 0 that the greedy continuation starts from.
 const GREEDY_PROMPT: usize = 8;
@@ -109,7 +109,7 @@ pub fn verify_model(model: &Path, folder: &Path, device: &Device, dtype: DType) 
 /// As [`verify`].
 pub fn verify_changed(folder: &Path, device: &Device, change: impl Fn(&mut Spec)) -> Result<Report> {
     let (checkpoint, config) = loader::open(folder)?;
-    let mut spec = families::read(&config)?;
+    let mut spec = loader::spec_of(&checkpoint, &config)?;
     change(&mut spec);
     let decoder = loader::load_spec(&checkpoint, spec, device, DType::F32)?;
     let expected = Expected::open(folder)?;

@@ -13,12 +13,12 @@ use pmetal_formats::fs::RealFs;
 use pmetal_formats::safetensors::{SafetensorsWriter, TensorSpec};
 use serde_json::json;
 
-use super::AdapterParts;
+use super::{Adaptable, AdapterParts};
 use crate::core::{ModelSource, OpenedModel};
 use crate::error::{Error, Result};
+use crate::models::loader;
 use crate::models::loader::stored::StoredNames;
 use crate::models::spec::Spec;
-use crate::models::{families, loader};
 
 /// Bytes of tensors in one file of the result.
 const SHARD_BYTES: u64 = 5_000_000_000;
@@ -49,9 +49,9 @@ pub fn fuse(source: &ModelSource, adapter: &Path, output: &Path) -> Result<FuseR
     }
     let opened = OpenedModel::open(source)?;
     let checkpoint = &opened.checkpoint;
-    let spec = families::read(&opened.config)?;
+    let spec = loader::spec_of(checkpoint, &opened.config)?;
     loader::check(checkpoint, &spec, &mut Vec::new())?;
-    let read = super::read(adapter, &loader::linear_shapes(&spec), &loader::expert_matrices(&spec))?;
+    let read = super::read(adapter, &Adaptable::of(&spec))?;
     let linears = read.linears.iter().map(|(module, part)| (module, [&part.a, &part.b]));
     let experts = read.experts.iter().map(|(name, part)| (name, [&part.a.values, &part.b.values]));
     for (module, [a, b]) in linears.chain(experts) {
@@ -159,14 +159,15 @@ fn changes<'a>(
 ) -> Result<BTreeMap<String, Change<'a>>> {
     let names = StoredNames::of(checkpoint);
     let mut changes = BTreeMap::new();
-    for (module, shape) in loader::linear_shapes(spec) {
+    let Adaptable { linears, routers, matrices } = Adaptable::of(spec);
+    for (module, shape) in linears.into_iter().chain(routers) {
         let Some(part) = parts.linears.get(&module) else { continue };
         let (rank, scale, a, b) = (part.rank, part.scale, &*part.a, &*part.b);
         for piece in names.pieces(&format!("{module}.weight"), &shape) {
             changes.insert(piece.name, Change { matrices: 1, rank, scale, a, b, transposed: false });
         }
     }
-    for matrix in loader::expert_matrices(spec) {
+    for matrix in matrices {
         let Some(part) = parts.experts.get(&matrix.name) else { continue };
         let ([experts, features, width], transposed) = (matrix.sizes, matrix.transposed);
         let (rank, scale, a, b) = (part.a.shape[1], part.scale, &*part.a.values, &*part.b.values);

@@ -12,15 +12,15 @@ use std::path::Path;
 use pmetal_engine::ops::{Linear, Lora};
 use pmetal_engine::random::{RandomKey, stream_of};
 use pmetal_engine::{Category, DType, Parameter, Tensor, Weight};
-use pmetal_formats::adapter::AdapterConfig;
+use pmetal_formats::adapter::{AdapterConfig, LoraShape};
 use pmetal_formats::safetensors::SafetensorsFile;
 
 use self::experts::{ExpertMatrix, ExpertPart, ExpertParts, Stored};
 pub use self::places::config_to_write;
 use self::places::{Targets, place_of, tensor_at};
 use crate::error::{Error, Faults, Result};
-use crate::models::Decoder;
 use crate::models::loader::stored::ALONE;
+use crate::models::{Decoder, Spec, loader};
 
 /// Names of the two files of an adapter folder.
 pub const CONFIG_FILE: &str = "adapter_config.json";
@@ -36,8 +36,8 @@ pub fn attach(decoder: &mut Decoder, config: &AdapterConfig, seed: u64) -> Resul
     let device = decoder.device().clone();
     let mut names = Vec::new();
     let matcher = Targets::new(config, ALONE)?;
-    decoder.change_linears(|module, linear| {
-        let Some(shape) = matcher.target(module) else { return Ok(()) };
+    let mut attach = |module: &str, linear: &mut Linear, shape: Option<LoraShape>| -> Result<()> {
+        let Some(shape) = shape else { return Ok(()) };
         let (features, width) = dimensions(linear);
         let key = RandomKey { seed, step: 0, stream: stream_of(module) };
         let bound = 1.0 / (width as f32).sqrt();
@@ -54,7 +54,9 @@ pub fn attach(decoder: &mut Decoder, config: &AdapterConfig, seed: u64) -> Resul
         });
         names.push(module.to_owned());
         Ok(())
-    })?;
+    };
+    decoder.change_linears(|module, linear| attach(module, linear, matcher.target(module)))?;
+    decoder.change_routers(|module, linear| attach(module, linear, matcher.router(module)))?;
     names.extend(experts::attach(decoder, &matcher, seed)?);
     if names.is_empty() {
         return Err(Error::Usage(format!(
@@ -117,31 +119,46 @@ impl AdapterFile<'_> {
     }
 }
 
-/// Reads an adapter folder for a model whose linear layers have the given names and shapes \[N, D\], and its experts the
-/// given matrices. The folder may be of a whole multimodal model, if it adapts nothing but the text model.
+/// What of a model adapters may be of.
+pub struct Adaptable {
+    /// Linear layers with their shapes \[N, D\].
+    pub linears: Vec<(String, [usize; 2])>,
+    /// Layers that choose experts, which adapters have as parameters, with theirs.
+    pub routers: Vec<(String, [usize; 2])>,
+    /// Matrices of experts.
+    pub matrices: Vec<ExpertMatrix>,
+}
+
+impl Adaptable {
+    /// All that a specification has.
+    pub fn of(spec: &Spec) -> Self {
+        let (linears, routers) = (loader::linear_shapes(spec), loader::router_shapes(spec));
+        Self { linears, routers, matrices: loader::expert_matrices(spec) }
+    }
+}
+
+/// Reads an adapter folder for a model that has these layers. The folder may be of a whole multimodal model, if it adapts nothing but the text model.
 ///
 /// # Errors
 /// [`Error::Checkpoint`] naming tensors that are missing, left over or of another shape; what reading returns.
-pub fn read(
-    folder: &Path,
-    linears: &[(String, [usize; 2])],
-    matrices: &[ExpertMatrix],
-) -> Result<AdapterParts> {
+pub fn read(folder: &Path, of: &Adaptable) -> Result<AdapterParts> {
     let config = AdapterConfig::open(&folder.join(CONFIG_FILE))?;
     let path = folder.join(WEIGHTS_FILE);
     let file = SafetensorsFile::open(&path)?;
     let left: BTreeSet<&str> = file.tensors().iter().map(|info| info.name.as_str()).collect();
     let mut file = AdapterFile { file: &file, place: place_of(&left), left, faults: Faults::default() };
     let (matcher, mut targeted, mut parts) = (Targets::new(&config, file.place)?, 0, BTreeMap::new());
-    for (module, [features, width]) in linears {
-        let Some(shape) = matcher.target(module) else { continue };
+    let linears = of.linears.iter().map(|linear| (matcher.target(&linear.0), linear));
+    let routers = of.routers.iter().map(|router| (matcher.router(&router.0), router));
+    for (shape, (module, [features, width])) in linears.chain(routers) {
+        let Some(shape) = shape else { continue };
         targeted += 1;
         let mut half = |letter: &str, expected| file.take(&key_of(module, letter), expected);
         if let (Some(a), Some(b)) = (half("A", [shape.rank, *width])?, half("B", [*features, shape.rank])?) {
             parts.insert(module.clone(), AdapterPart { rank: shape.rank, scale: shape.scale, a, b });
         }
     }
-    let experts = experts::read(&mut file, matrices, &matcher)?;
+    let experts = experts::read(&mut file, &of.matrices, &matcher)?;
     let AdapterFile { left, mut faults, .. } = file;
     if targeted == 0 && experts.is_empty() {
         return Err(Error::Usage(format!(
@@ -176,10 +193,7 @@ pub fn load(decoder: &mut Decoder, folder: &Path, trainable: bool) -> Result<Ada
 
 /// Reads an adapter folder for a decoder.
 pub(crate) fn read_for(decoder: &Decoder, folder: &Path) -> Result<AdapterParts> {
-    let linears = decoder.linears().into_iter();
-    let shapes: Vec<_> =
-        linears.map(|(module, linear)| (module, <[usize; 2]>::from(dimensions(linear)))).collect();
-    read(folder, &shapes, &decoder.expert_matrices())
+    read(folder, &Adaptable::of(&decoder.spec))
 }
 
 /// How the trained halves of the adapters of experts lie in files, by the names of their parameters.
@@ -197,7 +211,7 @@ pub(crate) fn put(
 ) -> Result<(AdapterConfig, ExpertParts)> {
     let AdapterParts { config, linears: mut parts, experts } = parts;
     let device = decoder.device().clone();
-    decoder.change_linears(|module, linear| {
+    let mut set = |module: &str, linear: &mut Linear| -> Result<()> {
         let Some(part) = parts.remove(module) else { return Ok(()) };
         let (features, width) = dimensions(linear);
         let weight = |letter: &str, shape: [usize; 2], values: &[f32]| -> Result<Weight> {
@@ -216,7 +230,9 @@ pub(crate) fn put(
             stream: stream_of(module),
         });
         Ok(())
-    })?;
+    };
+    decoder.change_linears(&mut set)?;
+    decoder.change_routers(&mut set)?;
     experts::load(decoder, &experts, trainable)?;
     Ok((config, experts))
 }
@@ -235,8 +251,8 @@ pub fn base_model_of(folder: &Path) -> Result<Option<String>> {
 /// # Errors
 /// A failure of the device.
 pub fn tensors(decoder: &Decoder) -> Result<Vec<(String, Tensor)>> {
-    let each = decoder.linears().into_iter();
-    let mut tensors: Vec<(String, Tensor)> = each
+    let mut tensors: Vec<(String, Tensor)> = decoder
+        .adaptable()
         .filter_map(|(module, linear)| linear.lora.as_ref().map(|lora| (module, lora)))
         .flat_map(|(module, lora)| {
             [(key_of(&module, "A"), lora.a.value()), (key_of(&module, "B"), lora.b.value())]

@@ -42,6 +42,11 @@ impl Targets {
         self.matcher.target(&path_at(self.place, module), true, false)
     }
 
+    /// The adapter of a layer that chooses experts, which PEFT has as a parameter.
+    pub(super) fn router(&self, module: &str) -> Option<LoraShape> {
+        self.parameter(&format!("{module}.weight"))
+    }
+
     /// The adapter of a parameter.
     pub(super) fn parameter(&self, name: &str) -> Option<LoraShape> {
         self.matcher.parameter(&path_at(self.place, name))
@@ -77,8 +82,14 @@ pub fn config_to_write(decoder: &Decoder, config: &AdapterConfig) -> Result<Adap
         Some((path_at(place, name), anywhere.iter().find_map(|targets| targets.parameter(name))?))
     };
     let modules: Vec<(String, LoraShape)> = linears.into_iter().filter_map(module).collect();
+    let router = |(module, linear): (String, &Linear)| {
+        linear.lora.as_ref()?;
+        let shape = anywhere.iter().find_map(|targets| targets.router(&module))?;
+        Some((path_at(place, &format!("{module}.weight")), shape))
+    };
+    let routers = decoder.routers().into_iter().filter_map(router);
     let parameters: Vec<(String, LoraShape)> =
-        decoder.expert_linears().into_iter().filter_map(parameter).collect();
+        decoder.expert_linears().into_iter().filter_map(parameter).chain(routers).collect();
     let names = |all: &[(String, LoraShape)]| all.iter().map(|(name, _)| name.clone()).collect();
     let shapes = modules.iter().chain(&parameters);
     let ranks = shapes.clone().filter(|(_, shape)| shape.rank != config.r);

@@ -149,7 +149,7 @@ pub(super) struct Dense {
 #[derive(Clone)]
 pub(super) struct Experts {
     pub(super) spec: ExpertsSpec,
-    /// Scores of the experts; no adapters.
+    /// Scores of the experts. Adapters are those of its weight as a parameter.
     pub(super) router: Linear,
     pub(super) router_names: [Option<Arc<str>>; 2],
     pub(super) correction: Option<Named>,
@@ -520,6 +520,18 @@ impl Layer {
         };
         modules.extend(dense.into_iter().flat_map(|dense| [&mut dense.gate_up, &mut dense.down]).chain(gate));
         modules
+    }
+
+    /// The layer that chooses experts, with the name of its weight.
+    pub(super) fn router(&self) -> Option<(&str, &Linear)> {
+        let FeedForward::Experts(experts) = &self.feed_forward else { return None };
+        Some((experts.router_names[0].as_deref()?, &experts.router))
+    }
+
+    /// As [`Self::router`], to be changed.
+    pub(super) fn router_mut(&mut self) -> Option<(Arc<str>, &mut Linear)> {
+        let FeedForward::Experts(experts) = &mut self.feed_forward else { return None };
+        Some((experts.router_names[0].clone()?, &mut experts.router))
     }
 
     /// The layers of all experts.

@@ -18,7 +18,7 @@ use super::decoder::{Decoder, TokenRun};
 use super::families;
 use super::inputs::AngleCache;
 use super::layer::{Layer, Named, Source, read_norm};
-use super::spec::{FeedForwardSpec, Spec};
+use super::spec::{FeedForwardSpec, LayerSpec, Spec};
 use crate::error::{Error, Result};
 
 pub use self::stored::check;
@@ -76,11 +76,21 @@ pub fn load_base(
     options: LoadOptions,
     base: BaseStorage,
 ) -> Result<LoadedModel> {
-    let spec = families::read(config)?;
-    let mut notes = Vec::new();
+    let (spec, mut notes) = (spec_of(checkpoint, config)?, Vec::new());
     check(checkpoint, &spec, &mut notes)?;
     let source = CheckpointSource { checkpoint, names: StoredNames::of(checkpoint), device, options };
     Ok(LoadedModel { decoder: build(&source, spec, device, options.dtype, base)?, notes })
+}
+
+/// What a checkpoint is by its configuration and, where that ties the head to the embedding, by its tensors: transformers
+/// leaves a head that differs from the embedding as it is.
+///
+/// # Errors
+/// As [`families::read`]; what reading the two returns.
+pub(crate) fn spec_of(checkpoint: &Checkpoint, config: &Config) -> Result<Spec> {
+    let mut spec = families::read(config)?;
+    spec.tied_head = spec.tied_head && !StoredNames::of(checkpoint).has_head_of_its_own()?;
+    Ok(spec)
 }
 
 /// Loads the tensors that a specification needs, whatever else the checkpoint holds.
@@ -407,6 +417,15 @@ pub fn linear_shapes(spec: &Spec) -> Vec<(String, [usize; 2])> {
     shapes
 }
 
+/// The layers that choose experts, with their shapes \[N, D\].
+pub fn router_shapes(spec: &Spec) -> Vec<(String, [usize; 2])> {
+    let router = |(index, layer): (usize, &LayerSpec)| {
+        let FeedForwardSpec::Experts(part) = &layer.feed_forward else { return None };
+        Some((format!("model.layers.{index}.{}", part.router_path), [part.count, spec.width]))
+    };
+    spec.layers.iter().enumerate().filter_map(router).collect()
+}
+
 /// The weights of a causal language model that a checkpoint stores as blocks of codes.
 pub(crate) fn packed_weights(checkpoint: &Checkpoint) -> BTreeSet<String> {
     use pmetal_formats::DType as Stored;
@@ -414,7 +433,8 @@ pub(crate) fn packed_weights(checkpoint: &Checkpoint) -> BTreeSet<String> {
         let stored = checkpoint.info(name).map(|info| info.dtype);
         matches!(stored, Some(Stored::Fp8Blocks | Stored::Mxfp4))
     };
-    checkpoint.names().filter(is_packed).map(stored::stacked_name).collect()
+    let names = StoredNames::of(checkpoint);
+    checkpoint.names().filter(is_packed).map(|name| names.alone(&stored::stacked_name(name))).collect()
 }
 
 /// The matrices of experts inside the decoder layers.
@@ -466,6 +486,11 @@ fn build(
     })
 }
 
+/// The module path of a weight.
+fn module_of(weight: &str) -> &str {
+    weight.strip_suffix(".weight").unwrap_or(weight)
+}
+
 impl Decoder {
     /// Every linear layer inside the decoder layers, by the module path that checkpoints use; the output head
     /// is not among them.
@@ -489,6 +514,26 @@ impl Decoder {
             layer.pack(self.dtype)?;
         }
         Ok(())
+    }
+
+    /// The layers that choose experts, by their module paths.
+    pub fn routers(&self) -> Vec<(String, &Linear)> {
+        let routers = self.layers.iter().filter_map(|layer| layer.router());
+        routers.map(|(weight, linear)| (module_of(weight).to_owned(), linear)).collect()
+    }
+
+    /// Lets `change` replace parts of every layer that chooses experts.
+    ///
+    /// # Errors
+    /// The first error of `change`.
+    pub fn change_routers(&mut self, mut change: impl FnMut(&str, &mut Linear) -> Result<()>) -> Result<()> {
+        let routers = self.layers.iter_mut().filter_map(|layer| Arc::make_mut(layer).router_mut());
+        routers.into_iter().try_for_each(|(weight, linear)| change(module_of(&weight), linear))
+    }
+
+    /// Every linear layer of the decoder layers that may have an adapter.
+    pub(crate) fn adaptable(&self) -> impl Iterator<Item = (String, &Linear)> {
+        self.linears().into_iter().chain(self.routers())
     }
 
     /// Every matrix of experts, by the name of its parameter.
@@ -534,7 +579,7 @@ impl Decoder {
 
     /// Columns that the adapters of all layers keep for each token: their ranks, those of experts for each that a token goes to.
     pub fn adapter_columns(&self) -> usize {
-        let linears = self.linears().into_iter().filter_map(|(_, linear)| linear.lora.as_ref());
+        let linears = self.adaptable().filter_map(|(_, linear)| linear.lora.as_ref());
         let ranks: usize = linears.map(|lora| lora.a.shape()[0]).sum();
         let of_experts = self.layers.iter().map(|layer| {
             let FeedForwardSpec::Experts(part) = &layer.spec.feed_forward else { return 0 };
@@ -548,8 +593,7 @@ impl Decoder {
     pub fn parameters(&self) -> Vec<Arc<Parameter>> {
         let own = self.weights().into_iter().filter_map(|(_, weight)| weight.parameter().cloned());
         let adapters = self
-            .linears()
-            .into_iter()
+            .adaptable()
             .filter_map(|(_, linear)| linear.lora.as_ref())
             .flat_map(|lora| [&lora.a, &lora.b].map(|weight| weight.parameter().cloned()));
         let of_experts = self

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use pmetal_formats::checkpoint::Checkpoint;
 
-use super::{HEAD, needs};
+use super::{EMBEDDING, HEAD, needs};
 use crate::error::{Faults, Result};
 use crate::models::spec::Spec;
 
@@ -92,6 +92,24 @@ impl<'a> StoredNames<'a> {
             }
         }
         vec![Piece { name, shape: shape.to_vec() }]
+    }
+
+    /// The name of a stored tensor where the text model is alone.
+    pub(super) fn alone(&self, name: &str) -> String {
+        match name.strip_prefix(self.layers) {
+            Some(rest) => format!("{ALONE}{rest}"),
+            None if name == self.head => HEAD.to_owned(),
+            None => name.to_owned(),
+        }
+    }
+
+    /// Whether there is a head with other values than the embedding's.
+    pub(super) fn has_head_of_its_own(&self) -> Result<bool> {
+        let (checkpoint, embedding) = (self.checkpoint, path_at(self.layers, EMBEDDING));
+        let (Some(head), Some(table)) = (checkpoint.info(self.head), checkpoint.info(&embedding)) else {
+            return Ok(false);
+        };
+        Ok(head.shape == table.shape && checkpoint.read_f32(self.head)? != checkpoint.read_f32(&embedding)?)
     }
 
     /// Whether a tensor belongs to another part of a multimodal model, and to which.
