@@ -151,6 +151,13 @@ LLAMA_CASES = [
          llama(num_attention_heads=4, num_key_value_heads=1, tie_word_embeddings=True, pad_token_id=2,
                rope_theta=100000, torch_dtype="bfloat16"),
          lora(targets=["q_proj", "v_proj"]), tokens=33, padding=LEFT, storage="bfloat16", padding_id_in_text=True),
+    # Where a file holds both layouts, the older one counts, and what belongs to another type of rotation does not.
+    Case("llama-rope-both-layouts",
+         llama(rope_theta=700.0, head_dim=12,
+               rope_scaling={"factor": 3.0, "rope_type": "linear", "low_freq_factor": 1.0, "attention_factor": 2.0},
+               rope_parameters={"rope_theta": 90.0, "rope_type": "linear", "factor": 2.0}),
+         lora(rank=2), tokens=21, padding=RIGHT, matters=[[("rope_scaling.factor", 2.0)], [("rope_theta", 90.0)]],
+         ignored=[[("rope_parameters", DROP)], [("rope_scaling.attention_factor", DROP)]]),
     Case("llama31-rope",
          llama(head_dim=32, intermediate_size=24, eos_token_id=[2, 3, 4],
                rope_scaling={"factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,

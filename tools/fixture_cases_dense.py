@@ -1,6 +1,8 @@
 """Fixtures of the dense families beyond Llama, Mistral and Qwen; fixture_cases.py imports them, and its rules hold."""
 import re
 
+import torch
+
 from fixture_cases import ATTENTION, BOTH, DROP, LEFT, QK_NORMED, RIGHT, Case, edited, lora, new_layout
 
 # Gemma multiplies by one plus the weight, and the embedding by the square root of the width. The layers add more than
@@ -89,6 +91,17 @@ GEMMA_CASES = [
                   [("rope_scaling", {"factor": 8.0, "rope_type": "linear"})], [("final_logit_softcapping", 4.0)]],
          # The reference keeps this field but never reads it.
          ignored=[[("attn_logit_softcapping", 1.0)]]),
+    # An entry without a base takes that of the older field.
+    Case("gemma3-text-local-base",
+         edited(gemma3_text(rope_theta=DROP, rope_scaling=DROP, torch_dtype=DROP, num_hidden_layers=2),
+                {"rope_local_base_freq": 30, "dtype": "bfloat16",
+                 "rope_parameters": {"full_attention": {"rope_theta": 3000.0, "rope_type": "default"},
+                                     "sliding_attention": {"rope_type": "default"}},
+                 "transformers_version": "5.0.0"}),
+         lora(rank=2, targets=ATTENTION), tokens=23, storage="bfloat16", padding=RIGHT, grow=GEMMA_GROW,
+         scale_invariant=POST_NORMED + QK_NORMED,
+         matters=[[("rope_local_base_freq", 200)], [("rope_parameters.full_attention.rope_theta", 100.0)]],
+         ignored=[[("rope_theta", 50.0)]]),
     # The linear factor stretches the full layers alone; the list wins over the pattern of older files.
     Case("gemma3-text-new-layout",
          edited(gemma3_text(rope_theta=DROP, rope_local_base_freq=DROP, rope_scaling=DROP, torch_dtype=DROP,
@@ -242,7 +255,16 @@ def granite(**fields):
 
 MULTIPLIERS = ["attention_multiplier", "embedding_multiplier", "logits_scaling", "residual_multiplier"]
 
+def own_head(case, weights, generator):
+    """A head beside the embedding, which the config says is the head."""
+    table = weights["model.embed_tokens.weight"]
+    return weights | {"lm_head.weight": torch.randn(table.shape, generator=generator, dtype=table.dtype) / 2}
+
+
 GRANITE_CASES = [
+    # The reference ties what the file has once, whatever the config says of the rest.
+    Case("granite-head-of-its-own", granite(torch_dtype="float32"), lora(rank=2), tokens=21, padding=RIGHT,
+         padding_id_in_text=True, grow=[SIGNED], release=own_head),
     # One id begins, ends and pads, and occurs in the text.
     Case("granite", granite(), lora(), tokens=29, storage="bfloat16", narrow=True, padding=RIGHT,
          padding_id_in_text=True, grow=[SIGNED],
@@ -393,6 +415,10 @@ GLM4_CASES = [
          scale_invariant=GLM4_POST_NORMED,
          matters=[[("partial_rotary_factor", DROP)], [("partial_rotary_factor", 1.0)], [("rope_theta", DROP)],
                   [("rms_norm_eps", DROP)]]),
+    # Five elements of a head are three pairs, whose wavelengths are those of five.
+    Case("glm4-odd-rotary", glm4(head_dim=10, partial_rotary_factor=0.5),
+         lora(targets=GLM4_LINEAR, rank=2), tokens=21, seed=3, storage="bfloat16", padding=RIGHT,
+         scale_invariant=GLM4_POST_NORMED, matters=[[("partial_rotary_factor", 0.6)], [("partial_rotary_factor", 0.4)]]),
     # Half of every head turns, which is also the default of files that do not say it.
     Case("glm4-no-bias",
          edited(new_layout(glm4(attention_bias=False, num_key_value_heads=2, head_dim=12,

@@ -4,7 +4,7 @@
 //! list of names that say nothing about a forward pass, or that say something about training only; it is null, which
 //! every reader takes for absent; it is an empty list or object. A `false` is refused like other values: `use_rope`
 //! and `scale_embeddings` show that it may turn something off that is on without it. Fields that are harmless with
-//! one value only, such as `pretraining_tp` with 1, are accepted with that value.
+//! one value only, such as `logit_scale` with 1, are accepted with that value.
 
 use std::cell::RefCell;
 use std::collections::BTreeSet;
@@ -26,21 +26,34 @@ const WITHOUT_EFFECT: &[&str] = &[
     "_attn_implementation",
     "_attn_implementation_autoset",
     "_commit_hash",
+    "_experts_implementation",
+    "_flash_attn_2_enabled",
     "_name_or_path",
     "architectures",
     "attention_dropout",
     "attn_implementation",
     "attn_pdrop",
     "auto_map",
+    "bad_words_ids",
+    "begin_suppress_tokens",
     "bos_token_id",
     "cache_implementation",
     "chunk_size_feed_forward",
+    "cross_attention_hidden_size",
+    "custom_pipelines",
     "decoder_start_token_id",
+    "diversity_penalty",
     "do_sample",
     "dtype",
+    "early_stopping",
     "embd_pdrop",
+    "encoder_no_repeat_ngram_size",
     "eos_token_id",
+    "exponential_decay_length_penalty",
     "finetuning_task",
+    "for_llm_compressor",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
     "gradient_checkpointing",
     "hidden_dropout",
     "id2label",
@@ -48,23 +61,38 @@ const WITHOUT_EFFECT: &[&str] = &[
     "is_llama_config",
     "keys_to_ignore_at_inference",
     "label2id",
+    "length_penalty",
     "max_length",
+    "max_new_tokens",
     "max_sequence_length",
     "min_length",
     "model_max_length",
     "model_type",
+    "neftune_noise_alpha",
+    "no_repeat_ngram_size",
+    "num_beam_groups",
+    "num_beams",
+    "num_labels",
     "num_return_sequences",
     "output_attentions",
     "output_hidden_states",
+    "output_scores",
     "pad_token_id",
     "prefix",
+    "pruned_heads",
     "problem_type",
+    "remove_invalid_values",
     "repetition_penalty",
     "resid_pdrop",
     "return_dict",
+    "return_dict_in_generate",
     "sep_token_id",
+    "seq_length",
+    "suppress_tokens",
     "task_specific_params",
     "temperature",
+    "tf_legacy_loss",
+    "tie_encoder_decoder",
     "tokenizer_class",
     "top_k",
     "top_p",
@@ -72,18 +100,24 @@ const WITHOUT_EFFECT: &[&str] = &[
     "torchscript",
     "transformers.js_config",
     "transformers_version",
+    "typical_p",
     "unk_token_id",
     "unsloth_fixed",
     "unsloth_version",
     "use_cache",
+    "use_flash_attention",
+    "use_flash_attn",
 ];
 
 /// Whether a field that no reader asked for has the one value with which it changes nothing.
 fn is_harmless(name: &str, value: &Value) -> bool {
     match name {
-        "pretraining_tp" | "logit_scale" => value.as_f64() == Some(1.0),
+        "logit_scale" => value.as_f64() == Some(1.0),
+        // By how many parts a product was divided: their sum is the same.
+        "pretraining_tp" => value.is_number(),
         "rope_interleaved"
         | "use_sliding_window"
+        | "use_mrope"
         | "use_qk_norm"
         | "is_encoder_decoder"
         | "add_cross_attention"
@@ -281,12 +315,14 @@ impl Config {
         strings.collect::<Result<Vec<_>>>().map(Some)
     }
 
-    /// One truth value per layer from a list of zeros and ones, `None` when absent or empty.
+    /// One truth value per layer from a list of zeros and ones, `None` when absent or empty. Those beyond the last layer are of
+    /// none.
     ///
     /// # Errors
-    /// [`Error::Config`] when the list has another length or holds something else.
+    /// [`Error::Config`] when the list is too short or holds something else.
     pub fn layer_flags(&self, name: &str, layers: usize) -> Result<Option<Vec<bool>>> {
         let Some(list) = self.list(name)?.filter(|list| !list.is_empty()) else { return Ok(None) };
+        let list = &list[..layers.min(list.len())];
         check_length(name, list, layers)?;
         let flags = list.iter().map(|entry| match (entry.as_u64(), entry.as_bool()) {
             (Some(0), _) | (_, Some(false)) => Ok(false),

@@ -33,11 +33,25 @@ pub struct RopeKind {
     pub theta: f64,
     /// Which elements form pairs.
     pub pairing: RopePairing,
-    /// Share of a head that is rotated.
-    pub rotated_part: f64,
+    /// Share of a head that is rotated, where a configuration may say so; elsewhere all of it is, whatever it says.
+    pub rotated_part: Option<f64>,
+    /// The longest document, where a configuration does not say.
+    pub context_length: usize,
+    /// The context of the first training where a configuration does not say beside its rotation, if not the longest document.
+    pub trained_length: Option<usize>,
 }
 
 impl RopeKind {
+    /// Llama's.
+    pub const LLAMA: Self = Self {
+        width: 0,
+        theta: 10_000.0,
+        pairing: RopePairing::Halves,
+        rotated_part: None,
+        context_length: 2048,
+        trained_length: None,
+    };
+
     /// The rotation of whole heads, not stretched.
     pub fn plain(self) -> Rope {
         let Self { width, theta, pairing, .. } = self;
@@ -127,43 +141,43 @@ pub struct Positions {
 }
 
 impl Rope {
-    /// Reads `rope_parameters`, or `rope_theta` with `rope_scaling`; `layer_type` selects an entry where the file
-    /// holds one per layer type.
+    /// Reads `rope_scaling` or `rope_parameters`, with `rope_theta` beside them.
     ///
     /// # Errors
     /// [`Error::Config`] for an unknown type or a field that its type needs.
-    pub fn from_config(config: &Config, kind: RopeKind, layer_type: Option<&str>) -> Result<Self> {
-        let head_width = kind.width;
-        let mut parameters = match config.object("rope_parameters")? {
-            Some(parameters) => Some(parameters),
-            None => config.object("rope_scaling")?,
-        };
-        if let (Some(outer), Some(layer_type)) = (&parameters, layer_type)
-            && let Some(inner) = outer.object(layer_type)?
-        {
-            parameters = Some(inner);
-        }
+    pub fn from_config(config: &Config, kind: RopeKind) -> Result<Self> {
         let empty = Config::new(serde_json::json!({}))?;
-        let fields = parameters.as_ref().unwrap_or(&empty);
+        Self::from_fields(config, parameters(config)?.as_ref().unwrap_or(&empty), kind)
+    }
+
+    /// [`Self::from_config`] of given fields.
+    ///
+    /// # Errors
+    /// As [`Self::from_config`].
+    pub fn from_fields(config: &Config, fields: &Config, kind: RopeKind) -> Result<Self> {
+        let head_width = kind.width;
         let theta = fields.positive("rope_theta", config.positive("rope_theta", kind.theta)?)?;
         if theta <= 1.0 {
             return Err(Error::Config(format!("`rope_theta` is {theta}, it must be above one")));
         }
-        let partial = fields.positive(
-            "partial_rotary_factor",
-            config.positive("partial_rotary_factor", kind.rotated_part)?,
-        )?;
+        const PART: &str = "partial_rotary_factor";
+        [config, fields].iter().for_each(|fields| fields.pass_over(&[PART]));
+        let partial = match kind.rotated_part {
+            Some(part) => fields.positive(PART, config.positive(PART, part)?)?,
+            None => 1.0,
+        };
         let rotated_width = (head_width as f64 * partial) as usize;
-        if rotated_width == 0 || !rotated_width.is_multiple_of(2) || rotated_width > head_width {
+        // An odd one has as many pairs as the next even one.
+        if rotated_width == 0 || rotated_width.next_multiple_of(2) > head_width {
             return Err(Error::Config(format!(
-                "rotary width {rotated_width} of head width {head_width} must be even and within the head"
+                "rotary width {rotated_width} of head width {head_width} must be within the head"
             )));
         }
         let scaling = match config.numbers("rope_frequency_factors")? {
             Some(divisors) => RopeScaling::Divisors(divisors),
             None => {
-                let scaling = scaling(config, fields, rotated_width)?;
-                check_unread(fields, layer_type)?;
+                let scaling = scaling(config, fields, &kind, rotated_width)?;
+                check_unread(fields)?;
                 scaling
             }
         };
@@ -177,17 +191,24 @@ impl Rope {
     /// # Errors
     /// [`Error::Config`] for fields that are no numbers.
     pub fn magnitude(config: &Config) -> Result<f64> {
-        let parameters = match config.object("rope_parameters")? {
-            Some(parameters) => Some(parameters),
-            None => config.object("rope_scaling")?,
-        };
-        let Some(fields) = parameters else { return Ok(1.0) };
+        let Some(fields) = parameters(config)? else { return Ok(1.0) };
         let (all, factor) = (fields.number("mscale_all_dim", 0.0)?, fields.number("factor", 1.0)?);
         Ok(if factor <= 1.0 { 1.0 } else { 0.1 * all * factor.ln() + 1.0 })
     }
 
+    /// Pairs of elements of a head that are rotated.
+    fn pairs(&self) -> usize {
+        self.rotated_width.div_ceil(2)
+    }
+
     fn check_lists(&self) -> Result<()> {
-        let half = self.rotated_width / 2;
+        let half = self.pairs();
+        let is_stretched_by_pair =
+            matches!(self.scaling, RopeScaling::LongRope { .. } | RopeScaling::Yarn(_));
+        if is_stretched_by_pair && !self.rotated_width.is_multiple_of(2) {
+            let width = self.rotated_width;
+            return Err(Error::Config(format!("rotary width {width} must be even for this rope type")));
+        }
         let check = |name: &str, list: &[f64]| {
             if list.len() == half {
                 return Ok(());
@@ -217,7 +238,7 @@ impl Rope {
     fn frequencies(&self, document_length: usize) -> (Vec<f32>, f32) {
         let width = self.rotated_width as f32;
         let plain = |theta: f64| -> Vec<f32> {
-            (0..self.rotated_width / 2).map(|i| 1.0 / (theta as f32).powf(2.0 * i as f32 / width)).collect()
+            (0..self.pairs()).map(|i| 1.0 / (theta as f32).powf(2.0 * i as f32 / width)).collect()
         };
         let divided = |divisors: &[f64]| -> Vec<f32> {
             let theta = self.theta as f32;
@@ -263,7 +284,7 @@ impl Rope {
                 (plain(self.theta).into_iter().map(blend).collect(), 1.0)
             }
             RopeScaling::Divisors(divisors) => (divided(divisors), 1.0),
-            RopeScaling::Temperature { .. } => (vec![0.0; self.rotated_width / 2], 1.0),
+            RopeScaling::Temperature { .. } => (vec![0.0; self.pairs()], 1.0),
         }
     }
 
@@ -291,7 +312,7 @@ impl Rope {
         if low == high {
             high += 0.001;
         }
-        (0..self.rotated_width / 2)
+        (0..self.pairs())
             .map(|i| {
                 let kept = 1.0 / (self.theta as f32).powf(2.0 * i as f32 / width as f32);
                 let ramp = ((i as f64 - low) / (high - low)).clamp(0.0, 1.0) as f32;
@@ -322,7 +343,7 @@ impl Rope {
     /// # Errors
     /// Out of memory.
     pub fn table(&self, device: &Device, documents: &[Positions]) -> Result<RopeTable> {
-        let half = self.rotated_width / 2;
+        let half = self.pairs();
         let tokens: usize = documents.iter().map(|document| document.count).sum();
         let (mut cosines, mut sines) = (Vec::with_capacity(tokens * half), Vec::with_capacity(tokens * half));
         let mut held: Option<(usize, (Vec<f32>, f32))> = None;
@@ -345,31 +366,48 @@ impl Rope {
     }
 }
 
+/// What a configuration says of its rotary embedding: where it holds both layouts, that of before transformers 5 counts.
+fn parameters(config: &Config) -> Result<Option<Config>> {
+    let (older, newer) = (config.object("rope_scaling")?, config.object("rope_parameters")?);
+    Ok(older.filter(|fields| fields.names().next().is_some()).or(newer))
+}
+
 /// Refuses fields of a rotary embedding that nothing looked at. What differs by layer type is checked where it is read.
-fn check_unread(fields: &Config, layer_type: Option<&str>) -> Result<()> {
+fn check_unread(fields: &Config) -> Result<()> {
     // Said of the training, of other rope types, or of positions with several axes, which are one axis for text.
     fields.pass_over(&[
+        "attention_factor",
+        "beta_fast",
+        "beta_slow",
+        "factor",
         "finetuned",
+        "high_freq_factor",
+        "long_factor",
+        "low_freq_factor",
         "mrope_section",
         "mrope_interleaved",
+        "mscale",
+        "mscale_all_dim",
         "original_max_position_embeddings",
+        "short_factor",
+        "truncate",
     ]);
-    let by_type = layer_type.is_none() && fields.names().any(|name| name.ends_with("_attention"));
+    let by_type = fields.names().any(|name| name.ends_with("_attention"));
     if by_type { Ok(()) } else { fields.check_unread() }
 }
 
-fn scaling(config: &Config, fields: &Config, rotated_width: usize) -> Result<RopeScaling> {
+fn scaling(config: &Config, fields: &Config, rope: &RopeKind, rotated_width: usize) -> Result<RopeScaling> {
     let kind = match fields.get("rope_type") {
         Some(_) => fields.text("rope_type", "default")?,
         None => fields.text("type", "default")?,
     };
     fields.get("type");
-    let longest = config.optional_size("max_position_embeddings")?;
+    let longest = config.optional_size("max_position_embeddings")?.unwrap_or(rope.context_length);
     let lacking = |name: &str| Error::Config(format!("rope type `{kind}` needs `{name}`"));
     let trained_length = || -> Result<usize> {
         let inner = fields.optional_size("original_max_position_embeddings")?;
         let outer = config.optional_size("original_max_position_embeddings")?;
-        outer.or(inner).or(longest).ok_or_else(|| lacking("original_max_position_embeddings"))
+        Ok(outer.or(rope.trained_length).or(inner).unwrap_or(longest))
     };
     let factor = |otherwise: Option<f64>| -> Result<f64> {
         match (fields.get("factor"), otherwise) {
@@ -382,7 +420,7 @@ fn scaling(config: &Config, fields: &Config, rotated_width: usize) -> Result<Rop
         Some(_) => fields.positive(name, 1.0),
         None => Err(lacking(name)),
     };
-    let ratio = |trained: usize| longest.map(|longest| longest as f64 / trained as f64);
+    let ratio = |trained: usize| Some(longest as f64 / trained as f64);
     match kind.as_str() {
         // Multi-axis positions equal plain ones for text.
         "default" | "mrope" => Ok(RopeScaling::None),
@@ -391,10 +429,7 @@ fn scaling(config: &Config, fields: &Config, rotated_width: usize) -> Result<Rop
             if rotated_width <= 2 {
                 return Err(Error::Config("rope type `dynamic` needs a rotary width above 2".to_owned()));
             }
-            Ok(RopeScaling::Dynamic {
-                factor: factor(None)?,
-                trained_length: config.size("max_position_embeddings")?,
-            })
+            Ok(RopeScaling::Dynamic { factor: factor(None)?, trained_length: longest })
         }
         "yarn" => {
             let trained = trained_length()?;
@@ -444,7 +479,8 @@ fn yarn(fields: &Config, factor: f64, trained_length: f64) -> Result<Yarn> {
         beta_fast: rotations("beta_fast", 32.0)?,
         beta_slow: rotations("beta_slow", 1.0)?,
         trained_length,
-        truncate: fields.flag("truncate", true)?,
+        // A null counts as false.
+        truncate: fields.flag("truncate", !fields.has("truncate"))?,
         attention_factor: fields.positive("attention_factor", inferred)?,
     })
 }

@@ -34,7 +34,9 @@ pub(super) fn read(family: &'static str, config: &Config, kinds_field: Option<&s
     };
     let mut spec = plain(family, config, &defaults)?;
     set_attention(&mut spec, config, [unturned, turned])?;
-    let mut part = experts(config, "n_routed_experts", 256, 8)?;
+    // transformers knows the number under another name, too.
+    let count = if config.has("n_routed_experts") { "n_routed_experts" } else { "num_local_experts" };
+    let mut part = experts(config, count, 256, 8)?;
     part.width = config.optional_size("moe_intermediate_size")?.unwrap_or(2048);
     part.wide_router = true;
     part.correction = true;
@@ -59,6 +61,9 @@ pub(super) fn read(family: &'static str, config: &Config, kinds_field: Option<&s
         "topk_method",
         "ep_size",
         "aux_loss_alpha",
+        "output_router_logits",
+        "router_aux_loss_coef",
+        "qk_head_dim",
         "seq_aux",
     ]);
     spec.further_layers = config.optional_count("num_nextn_predict_layers")?.unwrap_or(1);
@@ -86,8 +91,8 @@ fn set_attention(spec: &mut Spec, config: &Config, [unturned, turned]: [usize; 2
         true => RopePairing::Neighbours,
         false => RopePairing::Halves,
     };
-    let kind = RopeKind { width: turned, theta: 10_000.0, pairing, rotated_part: 1.0 };
-    let rope = Rope::from_config(config, kind, None)?;
+    let kind = RopeKind { width: turned, pairing, context_length: 4096, ..RopeKind::LLAMA };
+    let rope = Rope::from_config(config, kind)?;
     let mut scale = ((unturned + turned) as f64).powf(-0.5);
     if rope.scaling != RopeScaling::None {
         scale *= Rope::magnitude(config)?.powi(2);

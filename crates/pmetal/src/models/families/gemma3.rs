@@ -1,6 +1,8 @@
 //! Gemma 3: as Gemma 2 without soft caps, with normed queries and keys, and rotations of their own for layers with a
 //! window. The text model of a multimodal folder is the same.
 
+use serde_json::Value;
+
 use super::gemma2::{DEFAULTS, gemma};
 use super::{Defaults, Family, set_windows, sliding_layers};
 use crate::error::{Error, Result};
@@ -37,20 +39,36 @@ fn read(family: &'static str, config: &Config) -> Result<Spec> {
     let sliding = sliding_layers(config, spec.layers.len(), |index| (index + 1) % every != 0)?;
     set_windows(&mut spec, &sliding, Some(config.optional_size("sliding_window")?.unwrap_or(4096)));
     let head_width = spec.layers.first().map_or(0, |layer| layer.attention.head_width);
-    let kind = |theta| RopeKind { width: head_width, theta, pairing: defaults.pairing, rotated_part: 1.0 };
-    let local = config.positive("rope_local_base_freq", 10_000.0)?;
-    if local <= 1.0 {
-        return Err(Error::Config(format!("`rope_local_base_freq` is {local}, it must be above one")));
-    }
-    let by_type = config.object("rope_parameters")?.is_some();
-    let rope = |layer_type| Rope::from_config(config, kind(1e6), Some(layer_type));
-    spec.ropes = match by_type {
-        true => vec![rope("full_attention")?, rope("sliding_attention")?],
-        false => vec![rope("full_attention")?, kind(local).plain()],
+    let Defaults { theta, pairing, context_length, .. } = defaults;
+    let kind = RopeKind { width: head_width, theta, pairing, context_length, ..RopeKind::LLAMA };
+    let rope = |layer_type: &str, theta_field: &str, theta: f64| -> Result<Rope> {
+        Rope::from_fields(config, &rope_fields(config, layer_type, theta_field, theta)?, kind)
     };
+    spec.ropes = vec![
+        rope("full_attention", "rope_theta", theta)?,
+        rope("sliding_attention", "rope_local_base_freq", 10_000.0)?,
+    ];
     for (layer, sliding) in spec.layers.iter_mut().zip(sliding) {
         layer.attention.head_norm = HeadNorm::Shared;
         layer.attention.rope = Some(usize::from(sliding));
     }
     Ok(spec)
+}
+
+/// What a configuration says of the rotation of layers of a type: an entry of `rope_parameters` or none, to which
+/// `rope_scaling` is added for layers without a window, and the base of a field of its own.
+fn rope_fields(config: &Config, layer_type: &str, theta_field: &str, theta: f64) -> Result<Config> {
+    let fields_of = |name: &str| config.get(name).and_then(Value::as_object);
+    let entry = fields_of("rope_parameters").and_then(|all| all.get(layer_type)).and_then(Value::as_object);
+    let mut fields = entry.cloned().unwrap_or_default();
+    fields.entry("rope_type").or_insert("default".into());
+    if layer_type == "full_attention" {
+        fields.extend(fields_of("rope_scaling").cloned().unwrap_or_default());
+    }
+    let theta = config.positive(theta_field, theta)?;
+    if theta <= 1.0 {
+        return Err(Error::Config(format!("`{theta_field}` is {theta}, it must be above one")));
+    }
+    fields.entry("rope_theta").or_insert(theta.into());
+    Config::new(Value::Object(fields))
 }

@@ -24,7 +24,7 @@ fn read(config: &Config) -> Result<Spec> {
         context_length: 131_072,
         epsilon: 1.562_5e-7,
         pairing: RopePairing::Neighbours,
-        rotated_part: 0.5,
+        rotated_part: Some(0.5),
         padding_id: Some(151_329),
         ..Defaults::LLAMA
     };

@@ -17,7 +17,9 @@ fn read(config: &Config) -> Result<Spec> {
     };
     let mut spec = plain("mixtral", config, &defaults)?;
     let window = config.optional_size("sliding_window")?;
-    let mut part = experts(config, "num_local_experts", 8, 2)?;
+    // transformers knows the number under another name, too.
+    let count = if config.has("num_local_experts") { "num_local_experts" } else { "num_experts" };
+    let mut part = experts(config, count, 8, 2)?;
     part.width = spec.inner();
     part.router.normalise = Some(0.0);
     part.balance = balance_factor(config, 0.001)?;

@@ -118,8 +118,10 @@ struct Defaults {
     epsilon: f64,
     theta: f64,
     pairing: RopePairing,
-    /// Share of each head that is rotated.
-    rotated_part: f64,
+    /// Share of each head that is rotated, where a configuration may say so.
+    rotated_part: Option<f64>,
+    /// The context of the first training by which rotations are stretched, if not the context.
+    trained_length: Option<usize>,
     padding_id: Option<u32>,
     tied_head: bool,
 }
@@ -141,7 +143,8 @@ impl Defaults {
         epsilon: 1e-6,
         theta: 10_000.0,
         pairing: RopePairing::Halves,
-        rotated_part: 1.0,
+        rotated_part: None,
+        trained_length: None,
         padding_id: None,
         tied_head: false,
     };
@@ -162,8 +165,9 @@ fn plain(family: &'static str, config: &Config, defaults: &Defaults) -> Result<S
     if layers > MOST_LAYERS {
         return Err(Error::Config(format!("`num_hidden_layers` is {layers}, the limit is {MOST_LAYERS}")));
     }
-    let key_value_heads =
-        config.optional_size("num_key_value_heads")?.or(defaults.key_value_heads).unwrap_or(heads);
+    // A null means what it means in Llama.
+    let default_heads = if config.has("num_key_value_heads") { None } else { defaults.key_value_heads };
+    let key_value_heads = config.optional_size("num_key_value_heads")?.or(default_heads).unwrap_or(heads);
     if heads % key_value_heads != 0 {
         return Err(Error::Config(format!(
             "`num_attention_heads` is {heads}, not a multiple of `num_key_value_heads`, which is {key_value_heads}"
@@ -207,8 +211,8 @@ fn plain(family: &'static str, config: &Config, defaults: &Defaults) -> Result<S
         norms: LayerNorms::BEFORE,
     };
     let vocabulary = size(config, "vocab_size", defaults.vocabulary)?;
-    let Defaults { theta, pairing, rotated_part, .. } = *defaults;
-    let kind = RopeKind { width: head_width, theta, pairing, rotated_part };
+    let Defaults { theta, pairing, rotated_part, context_length, trained_length, .. } = *defaults;
+    let kind = RopeKind { width: head_width, theta, pairing, rotated_part, context_length, trained_length };
     Ok(Spec {
         family,
         vocabulary,
@@ -221,7 +225,7 @@ fn plain(family: &'static str, config: &Config, defaults: &Defaults) -> Result<S
         residual_scale: 1.0,
         logit_scale: 1.0,
         logit_softcap: None,
-        ropes: vec![Rope::from_config(config, kind, None)?],
+        ropes: vec![Rope::from_config(config, kind)?],
         layers: vec![layer; layers],
         tied_head: config.flag("tie_word_embeddings", defaults.tied_head)?,
         further_layers: 0,
@@ -286,6 +290,15 @@ fn layers_of_kind(
 /// Whether each layer has a sliding window: `layer_types`, or what the family does where the file does not say.
 fn sliding_layers(config: &Config, layers: usize, default: impl Fn(usize) -> bool) -> Result<Vec<bool>> {
     layers_of_kind(config, "layer_types", ["sliding_attention", "full_attention"], layers, default)
+}
+
+/// Refuses layers with a window in a family that has none; some writers list the others.
+fn without_windows(spec: &Spec, config: &Config) -> Result<()> {
+    if sliding_layers(config, spec.layers.len(), |_| false)?.contains(&true) {
+        let family = spec.family;
+        return Err(Error::Config(format!("`layer_types` asks for windows, which `{family}` does not have")));
+    }
+    Ok(())
 }
 
 /// An expert for all tokens, like the dense layers of the model but for its width.

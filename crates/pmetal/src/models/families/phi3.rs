@@ -9,8 +9,14 @@ pub(super) const FAMILY: Family =
     Family { name: "Phi-3, Phi-3.5, Phi-4, Phi-4-mini", model_type: "phi3", read };
 
 fn read(config: &Config) -> Result<Spec> {
-    let defaults =
-        Defaults { context_length: 4096, epsilon: 1e-5, padding_id: Some(32_000), ..Defaults::LLAMA };
+    let defaults = Defaults {
+        context_length: 4096,
+        trained_length: Some(4096),
+        rotated_part: Some(1.0),
+        epsilon: 1e-5,
+        padding_id: Some(32_000),
+        ..Defaults::LLAMA
+    };
     let mut spec = plain("phi3", config, &defaults)?;
     let window = config.optional_size("sliding_window")?;
     config.get("original_max_position_embeddings");

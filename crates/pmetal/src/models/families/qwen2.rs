@@ -8,7 +8,8 @@ use crate::models::spec::Spec;
 pub(super) const FAMILY: Family = Family { name: "Qwen 2, 2.5", model_type: "qwen2", read };
 
 fn read(config: &Config) -> Result<Spec> {
-    let mut spec = plain("qwen2", config, &Defaults::LLAMA)?;
+    let defaults = Defaults { key_value_heads: Some(32), context_length: 32_768, ..Defaults::LLAMA };
+    let mut spec = plain("qwen2", config, &defaults)?;
     for layer in &mut spec.layers {
         layer.attention.input_bias = true;
     }

@@ -8,7 +8,13 @@ use crate::models::spec::{HeadNorm, Spec};
 pub(super) const FAMILY: Family = Family { name: "Qwen 3", model_type: "qwen3", read };
 
 fn read(config: &Config) -> Result<Spec> {
-    let mut spec = plain("qwen3", config, &Defaults { head_width: Some(128), ..Defaults::LLAMA })?;
+    let defaults = Defaults {
+        key_value_heads: Some(32),
+        head_width: Some(128),
+        context_length: 32_768,
+        ..Defaults::LLAMA
+    };
+    let mut spec = plain("qwen3", config, &defaults)?;
     attention_biases(&mut spec, config, false)?;
     spec.layers.iter_mut().for_each(|layer| layer.attention.head_norm = HeadNorm::Shared);
     qwen_windows(&mut spec, config)?;

@@ -21,24 +21,26 @@ pub(super) const MULTIMODAL: Family = Family {
 };
 
 /// Fields of multimodal Qwen 3.5 that are not those of its text model.
-pub(super) const OTHER_PARTS: [&str; 3] =
-    ["vision_config", "mtp_num_hidden_layers", "mtp_use_dedicated_embeddings"];
+pub(super) const OTHER_PARTS: [&str; 4] =
+    ["vision_config", "language_model_only", "mtp_num_hidden_layers", "mtp_use_dedicated_embeddings"];
 
 /// What those with experts have in common where a configuration says nothing.
 pub(super) const DEFAULTS: Defaults = Defaults {
     head_width: Some(256),
     context_length: 32_768,
-    rotated_part: 0.25,
+    rotated_part: Some(0.25),
     key_value_heads: Some(2),
     ..Defaults::LLAMA
 };
 
 fn read_next(config: &Config) -> Result<Spec> {
-    let mut spec = read("qwen3_next", config, &DEFAULTS, true)?;
+    let defaults =
+        Defaults { heads: Some(16), width: Some(2048), inner: Some(5632), layers: Some(48), ..DEFAULTS };
+    let mut spec = read("qwen3_next", config, &defaults, true)?;
     let mut part = experts(config, "num_experts", 512, 10)?;
     let width = config.optional_size("shared_expert_intermediate_size")?.unwrap_or(512);
     part.shared = Some(shared_expert(&spec, "mlp.shared_expert", width, Some("mlp.shared_expert_gate")));
-    sparse_layers(&mut spec, config, part, true)?;
+    sparse_layers(&mut spec, config, part, (true, 512))?;
     Ok(spec)
 }
 
@@ -56,6 +58,10 @@ pub(super) fn read_text(family: &'static str, config: &Config, defaults: &Defaul
         "mtp_use_dedicated_embeddings",
         "mamba_ssm_dtype",
     ]);
+    let gate = config.text("output_gate_type", "silu")?;
+    if !matches!(gate.as_str(), "silu" | "swish") {
+        return Err(Error::Config(format!("`output_gate_type` is `{gate}`, which is not computed")));
+    }
     if !config.flag("attn_output_gate", true)? {
         return Err(Error::Config("`attn_output_gate` is false, which is not computed".to_owned()));
     }

@@ -32,12 +32,12 @@ fn read(config: &Config) -> Result<Spec> {
     change_dense(&mut spec, |dense| dense.bias = bias);
     let still: Vec<bool> = spec.layers.iter().map(|layer| layer.attention.rope.is_none()).collect();
     let used = config.flag("use_sliding_window", false)?;
-    let window = config.optional_size("sliding_window")?.filter(|_| used);
-    let sliding = sliding_layers(config, spec.layers.len(), |index| window.is_some() && still[index])?;
+    let window = config.optional_size("sliding_window")?;
+    // A list of layers asks for windows whether they are in use or not.
+    let by_rule = |index: usize| used && window.is_some() && still[index];
+    let sliding = sliding_layers(config, spec.layers.len(), by_rule)?;
     if window.is_none() && sliding.contains(&true) {
-        return Err(Error::Config(
-            "`layer_types` asks for windows, `sliding_window` is not in use".to_owned(),
-        ));
+        return Err(Error::Config("`layer_types` asks for windows, `sliding_window` is not set".to_owned()));
     }
     set_windows(&mut spec, &sliding, window);
     Ok(spec)
