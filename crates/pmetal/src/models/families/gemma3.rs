@@ -60,8 +60,10 @@ fn read(family: &'static str, config: &Config) -> Result<Spec> {
 fn rope_fields(config: &Config, layer_type: &str, theta_field: &str, theta: f64) -> Result<Config> {
     let fields_of = |name: &str| config.get(name).and_then(Value::as_object);
     let entry = fields_of("rope_parameters").and_then(|all| all.get(layer_type)).and_then(Value::as_object);
-    let mut fields = entry.cloned().unwrap_or_default();
-    fields.entry("rope_type").or_insert("default".into());
+    let mut fields = match entry {
+        Some(entry) => entry.clone(),
+        None => [("rope_type".to_owned(), "default".into())].into_iter().collect(),
+    };
     if layer_type == "full_attention" {
         fields.extend(fields_of("rope_scaling").cloned().unwrap_or_default());
     }
