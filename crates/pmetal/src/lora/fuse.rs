@@ -18,7 +18,6 @@ use crate::core::{ModelSource, OpenedModel};
 use crate::error::{Error, Result};
 use crate::models::loader;
 use crate::models::loader::stored::StoredNames;
-use crate::models::spec::Spec;
 
 /// Bytes of tensors in one file of the result.
 const SHARD_BYTES: u64 = 5_000_000_000;
@@ -51,7 +50,8 @@ pub fn fuse(source: &ModelSource, adapter: &Path, output: &Path) -> Result<FuseR
     let checkpoint = &opened.checkpoint;
     let spec = loader::spec_of(checkpoint, &opened.config)?;
     loader::check(checkpoint, &spec, &mut Vec::new())?;
-    let read = super::read(adapter, &Adaptable::of(&spec))?;
+    let adaptable = Adaptable::of(&spec);
+    let read = super::read(adapter, &adaptable)?;
     let linears = read.linears.iter().map(|(module, part)| (module, [&part.a, &part.b]));
     let experts = read.experts.iter().map(|(name, part)| (name, [&part.a.values, &part.b.values]));
     for (module, [a, b]) in linears.chain(experts) {
@@ -62,7 +62,7 @@ pub fn fuse(source: &ModelSource, adapter: &Path, output: &Path) -> Result<FuseR
             )));
         }
     }
-    let changes = changes(checkpoint, &spec, &read)?;
+    let changes = changes(checkpoint, adaptable, &read)?;
     let specs: Vec<TensorSpec> = checkpoint
         .names()
         .filter_map(|name| checkpoint.info(name))
@@ -154,12 +154,11 @@ struct Change<'a> {
 /// The tensors that an adapter changes, by the names that the checkpoint has for them.
 fn changes<'a>(
     checkpoint: &Checkpoint,
-    spec: &Spec,
+    Adaptable { linears, routers, matrices }: Adaptable,
     parts: &'a AdapterParts,
 ) -> Result<BTreeMap<String, Change<'a>>> {
     let names = StoredNames::of(checkpoint);
     let mut changes = BTreeMap::new();
-    let Adaptable { linears, routers, matrices } = Adaptable::of(spec);
     for (module, shape) in linears.into_iter().chain(routers) {
         let Some(part) = parts.linears.get(&module) else { continue };
         let (rank, scale, a, b) = (part.rank, part.scale, &*part.a, &*part.b);

@@ -137,7 +137,8 @@ impl Adaptable {
     }
 }
 
-/// Reads an adapter folder for a model that has these layers. The folder may be of a whole multimodal model, if it adapts nothing but the text model.
+/// Reads an adapter folder for a model that has these layers. The folder may be of a whole multimodal model, if it adapts
+/// nothing but the text model.
 ///
 /// # Errors
 /// [`Error::Checkpoint`] naming tensors that are missing, left over or of another shape; what reading returns.

@@ -420,7 +420,7 @@ fn scaling(config: &Config, fields: &Config, rope: &RopeKind, rotated_width: usi
         Some(_) => fields.positive(name, 1.0),
         None => Err(lacking(name)),
     };
-    let ratio = |trained: usize| Some(longest as f64 / trained as f64);
+    let ratio = |trained: usize| longest as f64 / trained as f64;
     match kind.as_str() {
         // Multi-axis positions equal plain ones for text.
         "default" | "mrope" => Ok(RopeScaling::None),
@@ -433,12 +433,12 @@ fn scaling(config: &Config, fields: &Config, rope: &RopeKind, rotated_width: usi
         }
         "yarn" => {
             let trained = trained_length()?;
-            yarn(fields, factor(ratio(trained))?, trained as f64).map(RopeScaling::Yarn)
+            yarn(fields, factor(Some(ratio(trained)))?, trained as f64).map(RopeScaling::Yarn)
         }
         "longrope" | "su" => {
             let trained_length = trained_length()?;
             let list = |name: &str| fields.numbers(name)?.ok_or_else(|| lacking(name));
-            let factor = factor(ratio(trained_length))?;
+            let factor = factor(Some(ratio(trained_length)))?;
             let suggested =
                 if factor <= 1.0 { 1.0 } else { (1.0 + factor.ln() / (trained_length as f64).ln()).sqrt() };
             let attention_factor = fields.positive("attention_factor", suggested)?;

@@ -251,16 +251,15 @@ impl Learner {
             .map(|parameter| AdamWState::new(parameter))
             .collect::<std::result::Result<_, _>>()?;
         let (last_shape, recorded) = (None, None);
-        let (padded_tokens, replayed_steps) = (0, 0);
         Ok(Self {
             decoder,
             parameters,
             states,
             settings,
-            padded_tokens,
+            padded_tokens: 0,
             last_shape,
             recorded,
-            replayed_steps,
+            replayed_steps: 0,
         })
     }
 

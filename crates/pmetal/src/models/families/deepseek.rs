@@ -3,7 +3,7 @@
 use pmetal_engine::device::RopePairing;
 use pmetal_engine::ops::{Gate, Groups};
 
-use super::{Defaults, Family, attention_biases, experts, layers_of_kind, plain, shared_expert};
+use super::{Defaults, Family, attention_biases, experts, field_of, layers_of_kind, plain, shared_expert};
 use crate::error::{Error, Result};
 use crate::models::config::Config;
 use crate::models::rope::{Rope, RopeKind, RopeScaling};
@@ -34,8 +34,7 @@ pub(super) fn read(family: &'static str, config: &Config, kinds_field: Option<&s
     };
     let mut spec = plain(family, config, &defaults)?;
     set_attention(&mut spec, config, [unturned, turned])?;
-    // transformers knows the number under another name, too.
-    let count = if config.has("n_routed_experts") { "n_routed_experts" } else { "num_local_experts" };
+    let count = field_of(config, ["n_routed_experts", "num_local_experts"]);
     let mut part = experts(config, count, 256, 8)?;
     part.width = config.optional_size("moe_intermediate_size")?.unwrap_or(2048);
     part.wide_router = true;

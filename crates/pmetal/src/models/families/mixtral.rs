@@ -1,6 +1,6 @@
 //! Mixtral: Mistral with eight experts, two for each token.
 
-use super::{Defaults, Family, balance_factor, experts, plain};
+use super::{Defaults, Family, balance_factor, experts, field_of, plain};
 use crate::error::Result;
 use crate::models::config::Config;
 use crate::models::spec::{FeedForwardSpec, Spec};
@@ -17,8 +17,7 @@ fn read(config: &Config) -> Result<Spec> {
     };
     let mut spec = plain("mixtral", config, &defaults)?;
     let window = config.optional_size("sliding_window")?;
-    // transformers knows the number under another name, too.
-    let count = if config.has("num_local_experts") { "num_local_experts" } else { "num_experts" };
+    let count = field_of(config, ["num_local_experts", "num_experts"]);
     let mut part = experts(config, count, 8, 2)?;
     part.width = spec.inner();
     part.router.normalise = Some(0.0);

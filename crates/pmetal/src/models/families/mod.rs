@@ -332,6 +332,11 @@ fn qwen_windows(spec: &mut Spec, config: &Config) -> Result<()> {
     Ok(())
 }
 
+/// The field of the two that a configuration has, else the second: transformers knows some by several names.
+fn field_of<'a>(config: &Config, [first, second]: [&'a str; 2]) -> &'a str {
+    if config.has(first) { first } else { second }
+}
+
 /// A mixture of experts as most families have it, chosen by a softmax; its width is the caller's to say.
 fn experts(config: &Config, count_field: &str, count: usize, choices: usize) -> Result<ExpertsSpec> {
     let count = config.optional_size(count_field)?.unwrap_or(count);

@@ -1,7 +1,7 @@
 //! Qwen 2 MoE and Qwen 3 MoE: Qwen with experts in some layers or all.
 
 use super::{
-    Defaults, Family, attention_biases, balance_factor, experts, plain, set_windows, shared_expert,
+    Defaults, Family, attention_biases, balance_factor, experts, field_of, plain, set_windows, shared_expert,
     sliding_layers,
 };
 use crate::error::Result;
@@ -52,8 +52,7 @@ fn read_third(config: &Config) -> Result<Spec> {
         layer.attention.head_norm = HeadNorm::Shared;
         layer.attention.mask.window = used.then_some(window);
     }
-    // transformers 5 writes the number under another name.
-    let count = if config.has("num_experts") { "num_experts" } else { "num_local_experts" };
+    let count = field_of(config, ["num_experts", "num_local_experts"]);
     let part = experts(config, count, 128, 8)?;
     sparse_layers(&mut spec, config, part, (false, 768))?;
     Ok(spec)

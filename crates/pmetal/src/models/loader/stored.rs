@@ -57,6 +57,9 @@ const OTHER_NAMES: [(&str, &[&str]); 8] = [
     (".block_sparse_moe.experts.down_proj", &[".block_sparse_moe.output_linear.weight"]),
 ];
 
+/// Rows of two tables that are compared at a time.
+const ROWS_AT_ONCE: usize = 4096;
+
 /// A stored tensor that is a tensor of the decoder, or a part of one: its bytes follow those of the part before.
 pub(crate) struct Piece {
     pub(crate) name: String,
@@ -109,7 +112,20 @@ impl<'a> StoredNames<'a> {
         let (Some(head), Some(table)) = (checkpoint.info(self.head), checkpoint.info(&embedding)) else {
             return Ok(false);
         };
-        Ok(head.shape == table.shape && checkpoint.read_f32(self.head)? != checkpoint.read_f32(&embedding)?)
+        if head.shape != table.shape {
+            return Ok(false);
+        }
+        // Some rows at a time: both may be large.
+        let rows = head.shape.first().copied().unwrap_or(0);
+        for first in (0..rows).step_by(ROWS_AT_ONCE) {
+            let range = first..rows.min(first + ROWS_AT_ONCE);
+            if checkpoint.read_f32_rows(self.head, range.clone())?
+                != checkpoint.read_f32_rows(&embedding, range)?
+            {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     /// Whether a tensor belongs to another part of a multimodal model, and to which.
